@@ -1,0 +1,3 @@
+"""OAPL Engine: off-policy reinforcement learning for language models (arXiv 2602.19362)."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,126 @@
+"""The words that rooms share: Prompt, Rollout, Group, Batch. Frozen; arrays are numpy and read-only by convention.
+
+Notation as in docs: T packed tokens, N scored sequences, P groups (prompts), G rollouts a group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Finish = Literal["stop", "length", "abort"]
+Status = Literal["scored", "invalid", "aborted", "lost"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem. `record` is for the verifier; the trainer never reads it."""
+
+    id: str
+    token_ids: NDArray[np.int32]  # [P]
+    task: str
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Response tokens [start, end) were sampled by policy `version`; counted from the first response token."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response.
+
+    key: "{epoch}.{prompt_id}.{attempt}.{sample}", unique for the life of a run.
+    token_ids [S] i32: the prompt and everything after it, the stop token included.
+    loss_mask [S] u8: 1 on tokens that the policy sampled, 0 on the prompt and on tool or environment tokens.
+    behavior_logprob [S] f32: processed log-prob under the sampling policy, nats; 0 where loss_mask is 0.
+    reward: f64, None unless status is "scored".
+    """
+
+    key: str
+    prompt_id: str
+    group: str
+    sample: int
+    task: str
+    token_ids: NDArray[np.int32]
+    prompt_length: int
+    loss_mask: NDArray[np.uint8]
+    behavior_logprob: NDArray[np.float32]
+    spans: tuple[Span, ...]
+    finish: Finish
+    status: Status
+    reward: float | None = None
+    reward_detail: dict[str, Any] = field(default_factory=dict)
+    started_ns: int = 0
+    finished_ns: int = 0
+
+    @property
+    def response_ids(self) -> NDArray[np.int32]:
+        return self.token_ids[self.prompt_length :]
+
+    @property
+    def response_tokens(self) -> int:
+        return len(self.token_ids) - self.prompt_length
+
+
+@dataclass(frozen=True)
+class Group:
+    """All rollouts of one prompt attempt. `version`: the oldest policy version that sampled a token of it."""
+
+    id: str
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    version: int
+
+    def scored(self) -> tuple[Rollout, ...]:
+        return tuple(r for r in self.rollouts if r.status == "scored")
+
+
+@dataclass(frozen=True)
+class PromptSpan:
+    """Row range of one shared prompt prefix and of the responses that read it (packing with share_prompts)."""
+
+    start: int
+    length: int
+    responses: tuple[tuple[int, int], ...]  # (first row, rows) of each response, in order
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One packed micro-batch: rows of several groups one after another, no padding.
+
+    token_ids [T] i64, positions [T] i64; target [T] i64: the token that row t predicts, -100 where none is trained;
+    mask [T] u8: 1 where target is a sampled token; behavior_logprob [T] f32 of target;
+    cu_seqlens [N+1] i64: scored spans over the *predicting rows* in order of `rows` (see trainer/packing.py);
+    cu_groups [P+1] i64: sequences of each group; prompts: one span a group (empty responses where not shared);
+    advantage [N] f32; keys: N rollout keys.
+    """
+
+    token_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    target: NDArray[np.int64]
+    mask: NDArray[np.uint8]
+    behavior_logprob: NDArray[np.float32]
+    cu_seqlens: NDArray[np.int64]
+    cu_groups: NDArray[np.int64]
+    prompts: tuple[PromptSpan, ...]
+    advantage: NDArray[np.float32]
+    keys: tuple[str, ...]
+    rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+def group_key(epoch: int, prompt_id: str, attempt: int) -> str:
+    """Group id; a rollout's key is this plus ".{sample}"."""
+    return f"{epoch}.{prompt_id}.{attempt}"
+
+
+def rollout_key(group: str, sample: int) -> str:
+    return f"{group}.{sample}"
