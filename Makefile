@@ -1,0 +1,27 @@
+# Two commands matter: `make quickstart` and `make test`. Each sets up .venv by itself.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test prove lint setup docs clean
+
+quickstart: setup
+	@$(BIN)/python -m oapl_engine.quickstart
+
+test: setup
+	@$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+prove: setup
+	@$(BIN)/python -m pytest -m "slow or gpu" --proofs proofs.json $(ARGS)
+
+lint: setup
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+docs: setup
+	@$(BIN)/oapl configuration > docs/configuration.md
+
+setup:
+	@command -v $(PYTHON) >/dev/null || { echo "setup: no $(PYTHON) on this machine: install Python 3.11 or newer, or make PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(PYTHON) .ci/bootstrap.py
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
