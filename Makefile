@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: quickstart test prove lint setup docs clean
 
 quickstart: setup
-	@$(BIN)/python -m oapl_engine.quickstart
+	@$(BIN)/oapl train recipes/quickstart.toml
 
 test: setup
 	@$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
