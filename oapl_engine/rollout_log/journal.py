@@ -1,0 +1,117 @@
+"""The journal: the only truth about what was consumed and published. Insert only; a step is an intent, then done."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from oapl_engine.rollout_log.database import open_database
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS step(step INTEGER NOT NULL, version INTEGER NOT NULL, keys TEXT NOT NULL, rng TEXT NOT NULL,
+    state TEXT NOT NULL CHECK(state IN ('intent', 'done')), weight_hash TEXT, PRIMARY KEY(step, state));
+CREATE TABLE IF NOT EXISTS published(version INTEGER PRIMARY KEY, step INTEGER NOT NULL, weight_hash TEXT NOT NULL,
+    incarnation INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS "use"(key TEXT NOT NULL, step INTEGER NOT NULL, PRIMARY KEY(key, step));
+CREATE TABLE IF NOT EXISTS disposition(key TEXT NOT NULL, "column" TEXT NOT NULL, PRIMARY KEY(key, "column"));
+CREATE TABLE IF NOT EXISTS tokens(incarnation INTEGER NOT NULL, "column" TEXT NOT NULL, n INTEGER NOT NULL);
+"""
+
+
+@dataclass(frozen=True)
+class JournalStep:
+    """One optimizer step: the groups it was given and the version that served then."""
+
+    step: int
+    version: int
+    groups: tuple[str, ...]
+    done: bool
+
+
+class Journal:
+    """journal.sqlite of a run directory."""
+
+    def __init__(self, path: str | Path):
+        self._lock = threading.Lock()
+        self._db = open_database(Path(path), SCHEMA)
+
+    def intent(self, step: int, version: int, groups: tuple[str, ...], rng: str) -> None:
+        """Before the weights change: this step will train these groups. A replayed step keeps its first row."""
+        self._write(
+            "INSERT OR IGNORE INTO step VALUES (?, ?, ?, ?, 'intent', NULL)", [(step, version, json.dumps(groups), rng)]
+        )
+
+    def done(self, step: int, version: int, groups: tuple[str, ...], used: list[str], weight_hash: str | None) -> None:
+        """After the weights changed; `used` are the rollout keys that took part in the loss."""
+        row = (step, version, json.dumps(groups), "", weight_hash)
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute("INSERT OR IGNORE INTO step VALUES (?, ?, ?, ?, 'done', ?)", row)
+            self._db.executemany('INSERT OR IGNORE INTO "use" VALUES (?, ?)', [(key, step) for key in used])
+            self._db.execute("COMMIT")
+
+    def published(self, version: int, step: int, weight_hash: str, incarnation: int) -> None:
+        self._write("INSERT INTO published VALUES (?, ?, ?, ?)", [(version, step, weight_hash, incarnation)])
+
+    def dispose(self, keys: list[str], column: str) -> None:
+        """Rollouts that will never be trained, and the rule."""
+        self._write("INSERT OR IGNORE INTO disposition VALUES (?, ?)", [(key, column) for key in keys])
+
+    def count_tokens(self, incarnation: int, column: str, n: int) -> None:
+        """Tokens that an engine generated outside the log: evaluation; or its own total (column "engine")."""
+        self._write("INSERT INTO tokens VALUES (?, ?, ?)", [(incarnation, column, n)])
+
+    def _write(self, statement: str, rows: list[tuple]) -> None:
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany(statement, rows)
+            self._db.execute("COMMIT")
+
+    def steps(self) -> list[JournalStep]:
+        """Every step that was begun, in order."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT step, version, keys, max(state = 'done') FROM step GROUP BY step ORDER BY step"
+            ).fetchall()
+        return [JournalStep(s, v, tuple(json.loads(k)), bool(d)) for s, v, k, d in rows]
+
+    def versions(self) -> list[tuple[int, int]]:
+        """(version, step) of every publish."""
+        with self._lock:
+            return self._db.execute("SELECT version, step FROM published ORDER BY version").fetchall()
+
+    def weight_hash(self, step: int) -> str | None:
+        """Hash recorded when `step` was done the first time."""
+        with self._lock:
+            row = self._db.execute("SELECT weight_hash FROM step WHERE step = ? AND state = 'done'", (step,)).fetchone()
+        return row[0] if row else None
+
+    def incarnations(self) -> int:
+        """Engine incarnations that this run has published to or counted."""
+        query = (
+            "SELECT max(i) FROM (SELECT max(incarnation) i FROM published UNION SELECT max(incarnation) FROM tokens)"
+        )
+        with self._lock:
+            return (self._db.execute(query).fetchone()[0] or 0) + 1
+
+    def uses(self) -> dict[str, list[int]]:
+        """Rollout key → the steps that trained on it."""
+        steps: dict[str, list[int]] = {}
+        with self._lock:
+            for key, step in self._db.execute('SELECT key, step FROM "use" ORDER BY step'):
+                steps.setdefault(key, []).append(step)
+        return steps
+
+    def dispositions(self) -> dict[str, str]:
+        with self._lock:
+            return dict(self._db.execute('SELECT key, "column" FROM disposition').fetchall())
+
+    def token_counts(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._db.execute('SELECT "column", sum(n) FROM tokens GROUP BY "column"').fetchall())
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()

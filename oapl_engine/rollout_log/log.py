@@ -1,0 +1,135 @@
+"""The rollout log: append-only SQLite, one transaction a group, a CRC a row. What is not here was not generated."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oapl_engine.rollout_log.database import LogDamaged, open_database
+from oapl_engine.samples import Group, Prompt, Rollout, Span
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta(key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS prompt(
+    id TEXT PRIMARY KEY, task TEXT NOT NULL, token_ids BLOB NOT NULL, record TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS rollout(
+    key TEXT PRIMARY KEY, prompt_id TEXT NOT NULL, "group" TEXT NOT NULL, sample INTEGER NOT NULL, task TEXT NOT NULL,
+    version_first INTEGER NOT NULL, version_last INTEGER NOT NULL, prompt_length INTEGER NOT NULL,
+    token_ids BLOB NOT NULL, loss_mask BLOB NOT NULL, behavior_logprob BLOB NOT NULL, spans TEXT NOT NULL,
+    finish TEXT NOT NULL, status TEXT NOT NULL, reward REAL, reward_detail TEXT NOT NULL,
+    started_ns INTEGER NOT NULL, finished_ns INTEGER NOT NULL, crc32 INTEGER NOT NULL);
+CREATE INDEX IF NOT EXISTS rollout_group ON rollout("group", sample);
+"""
+COLUMNS = (
+    'key, prompt_id, "group", sample, task, version_first, version_last, prompt_length, token_ids, loss_mask, '
+    "behavior_logprob, spans, finish, status, reward, reward_detail, started_ns, finished_ns"
+)
+
+
+class RolloutLog:
+    """One rank's rollouts. Safe to use from several threads; one writer at a time."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        self._db = open_database(self.path, SCHEMA)
+        self._db.execute("INSERT OR IGNORE INTO meta VALUES ('schema', '1')")
+
+    def append(self, group: Group) -> None:
+        """Store a group; on return it is on disk. A key that is already stored raises ValueError."""
+        p = group.prompt
+        prompt = (p.id, p.task, _blob(p.token_ids, "<i4"), json.dumps(p.record))
+        rows = [_to_row(r) for r in group.rollouts]
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                self._db.execute("INSERT OR IGNORE INTO prompt VALUES (?, ?, ?, ?)", prompt)
+                self._db.executemany(f"INSERT INTO rollout VALUES ({', '.join('?' * 19)})", rows)
+            except sqlite3.IntegrityError as error:
+                self._db.execute("ROLLBACK")
+                raise ValueError(f"group {group.id} is in the log {self.path} already: {error}") from error
+            except sqlite3.Error:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    def group(self, key: str) -> Group:
+        """The stored group `key`. Raises KeyError if absent, LogDamaged if a row's checksum fails."""
+        with self._lock:
+            rows = self._db.execute(
+                f'SELECT {COLUMNS}, crc32 FROM rollout WHERE "group" = ? ORDER BY sample', (key,)
+            ).fetchall()
+            if not rows:
+                raise KeyError(f"group {key} is not in {self.path}")
+            found = self._db.execute(
+                "SELECT id, token_ids, task, record FROM prompt WHERE id = ?", (rows[0][1],)
+            ).fetchone()
+        rollouts = tuple(_from_row(row, self.path) for row in rows)
+        prompt = Prompt(found[0], np.frombuffer(found[1], "<i4"), found[2], json.loads(found[3]))
+        return Group(key, prompt, rollouts, min(span.version for r in rollouts for span in r.spans or (Span(0, 0, 0),)))
+
+    def groups(self, keys: Iterable[str]) -> list[Group]:
+        return [self.group(key) for key in keys]
+
+    def group_keys(self) -> list[str]:
+        """Ids of all stored groups in the order of arrival."""
+        with self._lock:
+            rows = self._db.execute('SELECT "group" FROM rollout GROUP BY "group" ORDER BY min(rowid)').fetchall()
+        return [row[0] for row in rows]
+
+    def rollouts(self) -> Iterator[Rollout]:
+        """Every stored rollout, in order of arrival."""
+        for key in self.group_keys():
+            yield from self.group(key).rollouts
+
+    def tokens(self) -> list[tuple[str, str, int]]:
+        """(key, status, response tokens) of every rollout."""
+        query = "SELECT key, status, length(token_ids) / 4 - prompt_length FROM rollout ORDER BY rowid"
+        with self._lock:
+            return self._db.execute(query).fetchall()
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+
+def _blob(array: Any, kind: str) -> bytes:
+    return np.ascontiguousarray(array, dtype=kind).tobytes()
+
+
+def _to_row(r: Rollout) -> tuple[Any, ...]:
+    versions = [s.version for s in r.spans] or [0]
+    spans = json.dumps([[s.version, s.start, s.end] for s in r.spans])
+    row = (
+        *(r.key, r.prompt_id, r.group, r.sample, r.task, min(versions), max(versions), r.prompt_length),
+        *(_blob(r.token_ids, "<i4"), _blob(r.loss_mask, "u1"), _blob(r.behavior_logprob, "<f4"), spans),
+        *(r.finish, r.status, r.reward, json.dumps(r.reward_detail), r.started_ns, r.finished_ns),
+    )
+    return (*row, _crc(row))
+
+
+def _crc(row: tuple[Any, ...]) -> int:
+    crc = 0
+    for value in row:
+        crc = zlib.crc32(value if isinstance(value, bytes) else repr(value).encode(), crc)
+    return crc
+
+
+def _from_row(row: tuple[Any, ...], path: Path) -> Rollout:
+    *values, crc = row
+    if _crc(tuple(values)) != crc:
+        raise LogDamaged(f"{path}: rollout {values[0]} does not match its checksum; restore the file from a copy")
+    key, prompt_id, group, sample, task, _, _, prompt_length, ids, mask, logprob, spans = values[:12]
+    finish, status, reward, detail, started, finished = values[12:]
+    return Rollout(
+        *(key, prompt_id, group, sample, task, np.frombuffer(ids, "<i4"), prompt_length, np.frombuffer(mask, "u1")),
+        *(np.frombuffer(logprob, "<f4"), tuple(Span(*s) for s in json.loads(spans)), finish, status, reward),
+        *(json.loads(detail), started, finished),
+    )
