@@ -1,17 +1,18 @@
 """The recipe: frozen dataclasses, one a TOML section, every rule about a field beside it.
 
-`load_recipe(path, overrides)` reads TOML, applies `--section.field value` overrides, validates, and raises `ConfigError`
-(exit code 2) that names the field, its value, what is allowed, and the nearest valid name.
+`load_recipe(path, overrides)` reads TOML, lays `--section.field value` over it and validates. What is wrong raises
+`ConfigError` (exit code 2): the field, its value, what is allowed, the nearest valid name.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import pydantic
 from pydantic import ConfigDict, Field
@@ -112,7 +113,9 @@ class Schedule:
     groups_per_step: int = Field(8, ge=1, description="groups (prompts) in an optimizer step")
     group_size: int = Field(8, ge=1, description="G, rollouts a prompt; 2 or more for a group baseline")
     lag: int = Field(16, ge=1, description="L, optimizer steps between publishes; sync means 1")
-    max_kl: float | None = Field(None, gt=0, allow_inf_nan=False, description="publish early past this KL, nats a token")
+    max_kl: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="publish early past this KL, nats a token"
+    )
     on_publish: Literal["drain", "abort", "keep"] = Field("drain", description="what happens to groups in flight")
     window: int = Field(0, ge=0, description="policy versions kept for training; 0: 1, or 2 in async")
     credit: int = Field(0, ge=0, description="groups generated ahead of training at most; 0: lag x groups_per_step")
@@ -126,7 +129,10 @@ class ObjectiveSection:
     name: str = Field("oapl", description="oapl | grpo | … (oapl_kernels.objectives.names())")
     beta1: float = Field(1.0, gt=0, description="temperature of the group value, reward units; inf: the group mean")
     beta2: float = Field(
-        1e-3, gt=0, allow_inf_nan=False, description="weight of the log-ratio; 1e-3 for long, about 0.1 for short answers"
+        1e-3,
+        gt=0,
+        allow_inf_nan=False,
+        description="weight of the log-ratio; 1e-3 for long, about 0.1 for short answers",
     )
     scale_free_nats: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="choose beta2 each step so that rms(A)/beta2 is this many nats"
@@ -362,7 +368,9 @@ def build(schema: type, tables: dict[str, Any], origin: str) -> Any:
         if section not in sections:
             raise ConfigError(f"{origin}: {_unknown('section', section, list(sections))}")
         if not isinstance(table, dict):
-            raise ConfigError(f"{origin}: {section} = {table!r} must be a table: write [{section}] and its fields below")
+            raise ConfigError(
+                f"{origin}: {section} = {table!r} must be a table: write [{section}] and its fields below"
+            )
         try:
             parts[section] = sections[section](**table)
         except pydantic.ValidationError as error:
@@ -452,3 +460,30 @@ def to_toml(recipe: Recipe | SftRecipe) -> dict[str, Any]:
     """Plain tables of a recipe, None left out: what config.toml of a run directory holds."""
     tables = dataclasses.asdict(recipe)
     return {s: {k: v for k, v in t.items() if v is not None} for s, t in tables.items()}
+
+
+def describe(schema: type) -> list[tuple[str, str, list[tuple[str, str, str, str]]]]:
+    """[(section, why it exists, [(field, type, default, unit and reason)])] of a recipe class, in order."""
+    return [(name, (kind.__doc__ or "").strip(), _fields(kind)) for name, kind in _sections(schema).items()]
+
+
+def _fields(kind: type) -> list[tuple[str, str, str, str]]:
+    rows = []
+    for name, info in kind.__pydantic_fields__.items():  # type: ignore[attr-defined]
+        default = info.get_default(call_default_factory=True)
+        rows.append((name, _type_name(info.annotation), _shown(default), info.description))
+    return rows
+
+
+def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " | ".join(f'"{choice}"' for choice in get_args(annotation))
+    if isinstance(annotation, type) and not get_args(annotation):
+        return {"str": "text", "bool": "true | false"}.get(annotation.__name__, annotation.__name__)
+    return str(annotation).replace("typing.", "").replace("str", "text").replace(" | None", "")
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "off"
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else json.dumps(value)

@@ -1,0 +1,1 @@
+"""What a run says: metrics.jsonl, the terminal, TensorBoard and Weights & Biases where asked for."""

@@ -1,0 +1,94 @@
+"""Progress for people: a live line on a terminal, plain lines when piped."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_EVERY_SECONDS = 5.0
+
+
+class Display:
+    """Shows phase, step, reward, lag, tokens/s and the time left. Everything goes to stderr; stdout is for results."""
+
+    def __init__(self, steps: int, live: bool | None = None):
+        self.steps = steps
+        self.phase, self.detail, self.last_plain = "starting", "", 0.0
+        self.row: dict[str, Any] = {}
+        self.step_seconds: list[float] = []
+        self.console = Console(stderr=True, highlight=False)
+        self.live = Live(console=self.console, refresh_per_second=4) if self._wants_live(live) else None
+        if self.live:
+            self.live.start()
+
+    def _wants_live(self, live: bool | None) -> bool:
+        return self.console.is_terminal if live is None else live
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(Text(text))
+
+    def show_phase(self, phase: str, detail: str = "") -> None:
+        """What is being done now, and how far it is."""
+        changed, self.phase, self.detail = phase != self.phase, phase, detail
+        if self.live:
+            self.live.update(self._table())
+        elif changed or time.monotonic() - self.last_plain > PLAIN_EVERY_SECONDS:
+            self.last_plain = time.monotonic()
+            self.say(f"{phase} {detail}".rstrip())
+
+    def show_step(self, row: dict[str, Any]) -> None:
+        """A finished optimizer step: one row of metrics.jsonl."""
+        self.row = row
+        if row.get("seconds_total"):
+            self.step_seconds.append(row["seconds_total"])
+        if self.live:
+            self.live.update(self._table())
+        elif row["step"] % max(1, self.steps // 20) == 0 or row["step"] == 1:
+            self.say(f"step {row['step']}/{self.steps}  {_summary(row)}  {self._left()}")
+
+    def close(self) -> None:
+        if self.live:
+            self.live.stop()
+            self.live = None
+
+    def _table(self) -> Table:
+        table = Table.grid(padding=(0, 2))
+        step = self.row.get("step", 0)
+        table.add_row(
+            f"[bold]{self.phase}[/] {self.detail}", f"step {step}/{self.steps}", _summary(self.row), self._left()
+        )
+        return table
+
+    def _left(self) -> str:
+        if not self.step_seconds:
+            return ""
+        recent = self.step_seconds[-32:]
+        seconds = sum(recent) / len(recent) * (self.steps - self.row.get("step", 0))
+        return f"{seconds / 60:.1f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
+
+
+def _summary(row: dict[str, Any]) -> str:
+    def number(key: str, form: str) -> str:
+        return form % row[key] if row.get(key) is not None else "-"
+
+    parts = [
+        f"reward {number('reward_mean', '%.3f')}",
+        f"loss {number('loss', '%.4f')}",
+        f"lag {number('lag_mean', '%.0f')}",
+    ]
+    seconds = row.get("seconds_total")
+    if seconds and row.get("tokens_trained") is not None:
+        parts.append(f"{row['tokens_trained'] / seconds:.0f} tokens/s")
+    return "  ".join(parts) if row else ""
+
+
+def warn(text: str) -> None:
+    """One plain line on stderr, for before a display exists."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,85 @@
+"""metrics.jsonl: one JSON object a step, always with every key; null means not measured, or not finite."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from oapl_engine.config import ConfigError, Report
+
+KEYS = (
+    *("step", "policy_version", "lag_min", "lag_mean", "lag_max", "reward_mean", "loss", "residual_mean"),
+    *("advantage_mean", "value_mean", "entropy", "grad_norm", "log_ratio_mean", "log_ratio_std", "log_ratio_max"),
+    *("logprob_gap_mean", "logprob_gap_max", "logprob_gap_k3", "response_tokens_mean", "truncated_share"),
+    *("equal_group_share", "tokens_generated", "tokens_trained", "engine_tokens", "seconds_generate"),
+    *("seconds_verify", "seconds_train", "seconds_publish", "seconds_attest", "seconds_idle", "ledger"),
+)
+# Beyond the contract: what the run used, and the share of weight bytes that the last publish changed.
+EXTRA = ("beta2", "learning_rate", "changed_share", "seconds_total")
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl and mirrors numbers to the trackers that the recipe asks for."""
+
+    def __init__(self, run_dir: Path, report: Report | None = None):
+        self.path = run_dir / "metrics.jsonl"
+        self._trackers = _trackers(run_dir, report or Report())
+
+    def write(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Write one step; absent keys become null. An unknown key raises ValueError (a typing error in our code)."""
+        unknown = set(values) - set(KEYS) - set(EXTRA)
+        if unknown:
+            raise ValueError(f"metrics {sorted(unknown)} are not in the schema of metrics.jsonl")
+        row = {key: finite(values.get(key)) for key in (*KEYS, *EXTRA)}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        for track in self._trackers:
+            track({k: v for k, v in row.items() if isinstance(v, int | float)}, row["step"])
+        return row
+
+
+def finite(value: Any) -> Any:
+    """The value, or None where it is a number that JSON cannot hold."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl. A step that a killed run wrote and a resumed run wrote again counts once, the last."""
+    rows = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        row = json.loads(line)
+        rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
+
+
+def _trackers(run_dir: Path, report: Report) -> list[Any]:
+    return [
+        *([_tensorboard(run_dir)] if report.tensorboard else []),
+        *([_wandb(run_dir, report.wandb)] if report.wandb else []),
+    ]
+
+
+def _tensorboard(run_dir: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError("report.tensorboard = true needs the tensorboard package: pip install tensorboard") from error
+    writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def track(row: dict[str, float], step: int) -> None:
+        for key, value in row.items():
+            writer.add_scalar(key, value, step)
+        writer.flush()
+
+    return track
+
+
+def _wandb(run_dir: Path, project: str) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(f'report.wandb = "{project}" needs the wandb package: pip install wandb') from error
+    run = wandb.init(project=project, dir=str(run_dir), name=run_dir.name)
+    return lambda row, step: run.log(row, step=step)

@@ -1,0 +1,60 @@
+"""What every test may use: the command line as a user runs it, and a place for figures (`make prove`)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FIGURES: dict[str, object] = {}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--proofs", help="write the figures that tests measured to this JSON file")
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("--proofs")
+    if path:
+        Path(path).write_text(json.dumps(FIGURES, indent=1, sort_keys=True) + "\n")
+
+
+@pytest.fixture
+def figure(request):
+    """figure(name, value): keep a measured figure for proofs.json under the test's name."""
+
+    def keep(name, value):
+        FIGURES.setdefault(request.node.nodeid.rpartition("::")[2], {})[name] = value
+
+    return keep
+
+
+@pytest.fixture
+def oapl():
+    """oapl("train", "x.toml", …) → CompletedProcess, in a process of its own."""
+
+    def run(*arguments, cwd=ROOT, timeout=300, **environment):
+        return subprocess.run(
+            [sys.executable, "-m", "oapl_engine.cli", *map(str, arguments)],
+            cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=timeout,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def refused(oapl):
+    """refused(words, "train", …): bad input exits with 2, one line that holds the words, no traceback."""
+
+    def check(words, *arguments, **keywords):
+        done = oapl(*arguments, **keywords)
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        for word in [words] if isinstance(words, str) else words:
+            assert word in done.stderr, done.stderr
+        return done
+
+    return check
