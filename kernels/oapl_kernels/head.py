@@ -1,0 +1,79 @@
+"""The vocabulary head on one chunk of tokens: logits, statistics, gradient. Used by both public operations."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backend as backends
+from .chunks import default_chunk_tokens
+from .matmul import multiplies_natively, project, wide
+from .scratch import scratch
+from .vocabulary import Vocabulary
+
+
+class HeadOptions(NamedTuple):
+    """What the public operations say about the head."""
+
+    temperature: float = 1.0
+    softcap: float | None = None
+    chunk_tokens: int | None = None
+    backend: str = "auto"
+    vocabulary: Vocabulary | None = None
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """hidden's dtype, or autocast's where autocast is on (float64 is left alone, as torch does)."""
+    kind = hidden.device.type
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return hidden.dtype
+
+
+class Head:
+    """weight [V, D], bias [V] and one preallocated chunk of logits [chunk_tokens, V]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, options: HeadOptions, tokens: int):
+        self.weight, self.options = weight, options
+        self.dtype = wide(weight.dtype)
+        self.gradient_dtype = weight.dtype if multiplies_natively(weight.dtype, weight.device.type) else self.dtype
+        self.bias = None if bias is None else bias.to(self.dtype)
+        self.chunk_tokens = options.chunk_tokens or default_chunk_tokens(weight.shape[1], weight.device)
+        self.vocabulary = options.vocabulary
+        self._epilogue = backends.epilogue(backends.choose(options.backend, weight.device, weight.dtype))
+        self.rows = min(self.chunk_tokens, tokens)
+        self._logits = self.new(self.rows, len(weight))
+        self._statistics = self.new(4, self.rows)
+
+    def new(self, *shape: int) -> Tensor:
+        """Scratch for sums: fp32, fp64 for fp64 weights."""
+        return scratch(*shape, dtype=self.dtype, device=self.weight.device)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [t, D] -> logits [t, V] in the scratch."""
+        out = self._logits[: len(hidden)]
+        project(hidden, self.weight, out)
+        return out if self.bias is None else out.add_(self.bias)
+
+    def statistics(self, logits: Tensor, target: Tensor) -> Tensor:
+        """[4, t]: log-prob of the target, entropy, max and ln sum exp(x - max) of logits [t, V]; valid until
+        the next chunk. target -1: not in this shard."""
+        out = self._statistics[:, : len(logits)]
+        self._epilogue.statistics(logits, target, self.options.temperature, self.options.softcap, out)
+        return self.vocabulary.combine(out, target)
+
+    def gradient(
+        self, logits: Tensor, target: Tensor, stats: Tensor, coefficient: Tensor, entropy_coefficient: Tensor | None
+    ) -> Tensor:
+        """d loss / d logits [t, V] in gradient_dtype, over the logits; coefficients [t] are the loss's derivatives
+        by log-prob and by entropy."""
+        return self._epilogue.gradient(
+            logits,
+            target,
+            stats,
+            coefficient,
+            entropy_coefficient,
+            self.options.temperature,
+            self.options.softcap,
+            self.gradient_dtype,
+        )

@@ -1,0 +1,105 @@
+"""The three library products of the head, each with fp32 sums (fp64 for fp64), for every dtype and device.
+
+Half precision is multiplied as it is where the hardware does that at full speed and, for the logits, where the
+library can return fp32. Otherwise the weight is widened tile by tile: slower than a bf16 unit, never wrong.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .scratch import scratch
+
+TILE = 4096  # vocabulary rows widened at a time
+
+
+@cache
+def multiplies_natively(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether gradients are multiplied in dtype itself. fp16 is not: coefficient * p underflows in it."""
+    if dtype == torch.bfloat16:
+        return device_type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return dtype in (torch.float32, torch.float64)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """dtype of logits and sums for inputs of dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _wide_tiles(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    buffer = scratch(min(TILE, len(weight)), weight.shape[1], dtype=torch.float32, device=weight.device)
+    for start in range(0, len(weight), TILE):
+        rows = slice(start, min(start + TILE, len(weight)))
+        tile = buffer[: rows.stop - rows.start]
+        tile.copy_(weight[rows])
+        yield rows, tile
+
+
+def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out [t, V] wide = hidden [t, D] @ weight [V, D]^T."""
+    if hidden.dtype == out.dtype:
+        torch.mm(hidden, weight.t(), out=out)
+    elif hidden.is_cuda:
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    else:
+        widened = hidden.to(out.dtype)
+        for rows, tile in _wide_tiles(weight):
+            torch.mm(widened, tile.t(), out=out[:, rows])
+
+
+def hidden_product(grad: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out [t, D] = grad [t, V] @ weight [V, D]; out in grad's dtype, or narrower."""
+    if grad.dtype == weight.dtype == out.dtype:
+        torch.mm(grad, weight, out=out)
+        return
+    total = scratch(*out.shape, dtype=grad.dtype, device=grad.device)
+    for rows, tile in _wide_tiles(weight):
+        torch.addmm(total, grad[:, rows], tile, beta=float(rows.start > 0), out=total)
+    out.copy_(total)
+
+
+class WeightGradient:
+    """weight [V, D] += grad^T @ hidden and bias [V] += sum of grad, over any number of chunks, in wide sums."""
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, empty: bool):
+        self.weight, self.bias, self.empty = weight, bias, empty
+        self._product: Tensor | None = None
+
+    def add(self, grad: Tensor, hidden: Tensor) -> None:
+        """grad [t, V], hidden [t, D]."""
+        if self.bias is not None:
+            sums = grad.sum(0, dtype=self.bias.dtype)
+            self.bias.copy_(sums) if self.empty else self.bias.add_(sums)
+        if self.weight is not None:
+            self._add_product(grad.t(), hidden)
+        self.empty = False
+
+    def _add_product(self, grad: Tensor, hidden: Tensor) -> None:
+        keep = 0.0 if self.empty else 1.0
+        if grad.dtype == self.weight.dtype:
+            torch.addmm(self.weight, grad, hidden.to(grad.dtype), beta=keep, out=self.weight)
+        elif grad.is_cuda:
+            torch.addmm(self.weight, grad, hidden, out_dtype=self.weight.dtype, beta=keep, out=self.weight)
+        else:
+            # No bf16 product with fp32 output on CPU: a kept temporary, added in fp32.
+            if self._product is None:
+                self._product = scratch(*self.weight.shape, dtype=grad.dtype, device=grad.device)
+            torch.mm(grad, hidden, out=self._product)
+            self.weight.copy_(self._product) if self.empty else self.weight.add_(self._product)
+
+    def add_scaled(self, other: "WeightGradient", scale: Tensor) -> None:
+        """Add scale () times another gradient."""
+        for mine, theirs in ((self.weight, other.weight), (self.bias, other.bias)):
+            if mine is None:
+                continue
+            torch.mul(theirs, scale, out=mine) if self.empty else mine.addcmul_(theirs, scale)
+        self.empty = False
+
+    def finish(self) -> None:
+        """After the last chunk: zeros if there was none."""
+        if self.empty:
+            for tensor in (self.weight, self.bias):
+                tensor is None or tensor.zero_()
+            self.empty = False

@@ -1,0 +1,106 @@
+"""What a policy-gradient objective is: a summed loss on the log-probs of whole sequences."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..sequence import sequence_sum
+
+
+@dataclass(frozen=True)
+class PolicyInputs:
+    """What an objective sees beside the log-probs: T packed tokens, N sequences.
+
+    behavior_logprob [T]   log-probs of the policy that generated the tokens (0 where mask is 0)
+    advantage [N]          one advantage a sequence
+    proximal_logprob [T]   log-probs at the start of the optimizer step (decoupled PPO, TIS)
+    reference_logprob [T]  log-probs of a frozen reference (KL penalty)
+    mask [T]               nonzero where a token is trained; None means everywhere
+    cu_seqlens [N+1]       offsets of the sequences; `fused_policy_loss` fills it in
+    """
+
+    behavior_logprob: Tensor
+    advantage: Tensor
+    proximal_logprob: Tensor | None = None
+    reference_logprob: Tensor | None = None
+    mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """values [N] -> [T]: each sequence's value at each of its tokens."""
+        return values.repeat_interleave(self.cu_seqlens.diff(), output_size=len(self.behavior_logprob))
+
+    def per_sequence(self, values: Tensor) -> Tensor:
+        """values [T] -> [N]: sums over each sequence's trained tokens."""
+        return sequence_sum(values, self.cu_seqlens, self.mask)
+
+    def lengths(self) -> Tensor:
+        """Trained tokens of each sequence [N], at least 1 so that one can divide by it."""
+        return self.per_sequence(torch.ones_like(self.behavior_logprob)).clamp_min(1)
+
+    def token_loss(self, values: Tensor, mean_per_sequence: bool) -> Tensor:
+        """Sum of per-token losses [T] over trained tokens; with mean_per_sequence each sequence counts 1/|o_i|."""
+        sums = self.per_sequence(values)
+        return (sums / self.lengths() if mean_per_sequence else sums).sum()
+
+    def sequences(self, start: int, end: int, first_token: int, last_token: int) -> "PolicyInputs":
+        """The sequences [start, end), whose tokens are [first_token, last_token)."""
+
+        def tokens(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[first_token:last_token]
+
+        return replace(
+            self,
+            behavior_logprob=tokens(self.behavior_logprob),
+            advantage=self.advantage[start:end],
+            proximal_logprob=tokens(self.proximal_logprob),
+            reference_logprob=tokens(self.reference_logprob),
+            mask=tokens(self.mask),
+            cu_seqlens=self.cu_seqlens[start : end + 1] - first_token,
+        )
+
+
+LossFunction = Callable[[Tensor, PolicyInputs], Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss on log-probs: `fn(logprob [t], inputs) -> ()`, summed over whole sequences, not yet normalised.
+
+    scope "token": the sum separates over tokens (the derivative at a token depends on that token's log-prob
+    alone, apart from the inputs), so the gradient is known as soon as the token is.
+    scope "sequence": the derivative is one scalar for all trained tokens of a sequence, known at its end.
+    token_fn: an optional token-separable term added to fn, for instance a KL penalty on a sequence objective.
+    """
+
+    name: str
+    scope: str
+    fn: LossFunction
+    token_fn: LossFunction | None = None
+
+    def __post_init__(self) -> None:
+        if self.scope not in ("token", "sequence"):
+            raise ValueError(f"scope of objective {self.name!r} is {self.scope!r}; allowed: 'token', 'sequence'")
+
+
+def require(name: str, values: Tensor | None, objective: str) -> Tensor:
+    """The optional input `name`, or a ValueError that says which objective needs it."""
+    if values is None:
+        raise ValueError(f"{name} is None, but objective {objective!r} needs it [T]: set PolicyInputs({name}=...)")
+    return values
+
+
+def positive(name: str, value: float) -> float:
+    """value, or a ValueError if it is not a positive finite number."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} is {value}; allowed: a finite number > 0")
+    return float(value)
+
+
+def clip_range(clip_low: float, clip_high: float) -> tuple[float, float]:
+    """The interval [1 - clip_low, 1 + clip_high] that a ratio is clipped to."""
+    if not 0 <= clip_low <= 1 or not 0 <= clip_high:
+        raise ValueError(f"clip_low, clip_high are {clip_low}, {clip_high}; allowed: 0 <= clip_low <= 1, clip_high >= 0")
+    return 1 - clip_low, 1 + clip_high

@@ -1,0 +1,18 @@
+"""Scratch memory, all of it taken here so that tests can poison it."""
+
+import torch
+from torch import Tensor
+
+# Tests set this: scratch then starts as NaN, and a read before a write shows in every result.
+POISON = False
+
+
+def scratch(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory of this shape."""
+    buffer = torch.empty(shape, dtype=dtype, device=device)
+    return buffer.fill_(float("nan")) if POISON else buffer
+
+
+def cast_in_place(source: Tensor, dtype: torch.dtype) -> Tensor:
+    """View of the first part of each row of source [n, V] as dtype (no larger than source's own): [n, V]."""
+    return source.view(dtype)[:, : source.shape[1]]

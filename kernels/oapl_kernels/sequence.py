@@ -1,0 +1,33 @@
+"""Sums over the sequences of a packed batch."""
+
+import torch
+from torch import Tensor
+
+
+class _SequenceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, token_values: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(cu_seqlens, mask)
+        ctx.tokens, ctx.dtype = len(token_values), token_values.dtype
+        values = token_values if mask is None else torch.where(mask != 0, token_values, 0)
+        # fp64 accumulation in a fixed order: the error of a compensated fp32 sum, and the same bits on every run.
+        sums = torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens.long())
+        return sums.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        cu_seqlens, mask = ctx.saved_tensors
+        spread = grad.repeat_interleave(cu_seqlens.diff().long(), output_size=ctx.tokens)
+        spread = spread if mask is None else torch.where(mask != 0, spread, 0)
+        return spread.to(ctx.dtype), None, None
+
+
+def sequence_sum(token_values: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Sum of token_values [T] over each sequence -> [N], fp32 (fp64 for fp64), differentiable, deterministic.
+
+    cu_seqlens [N+1] offsets; mask [T] nonzero where a token counts. The sum is as exact as its inputs: for a
+    log-ratio subtract per token first, then sum.
+    """
+    if len(cu_seqlens) <= 1:
+        return token_values.new_zeros(0, dtype=torch.float64 if token_values.dtype == torch.float64 else torch.float32)
+    return _SequenceSum.apply(token_values, cu_seqlens, mask)

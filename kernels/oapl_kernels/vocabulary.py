@@ -1,0 +1,49 @@
+"""A vocabulary that may be sharded over the ranks of a process group, each with some rows of the weight."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Vocabulary:
+    """Size and offset of this rank's rows; without a process group, the whole vocabulary."""
+
+    def __init__(self, weight: Tensor, process_group: object | None):
+        self.group, self.size, self.offset = process_group, len(weight), 0
+        if process_group is None:
+            return
+        sizes = torch.zeros(dist.get_world_size(process_group), dtype=torch.int64, device=weight.device)
+        rank = dist.get_rank(process_group)
+        sizes[rank] = len(weight)
+        dist.all_reduce(sizes, group=process_group)
+        self.size, self.offset = int(sizes.sum()), int(sizes[:rank].sum())
+        self.local = len(weight)
+
+    def local_target(self, target: Tensor, counted: Tensor) -> Tensor:
+        """target [T] as rows of this rank's weight; -1 where ignored or on another rank."""
+        if self.group is None:
+            return torch.where(counted, target, -1)
+        local = target - self.offset
+        return torch.where(counted & (local >= 0) & (local < self.local), local, -1)
+
+    def combine(self, statistics: Tensor, target: Tensor) -> Tensor:
+        """[4, t] of this rank's rows -> of the whole vocabulary, the same bits on every rank."""
+        if self.group is None:
+            return statistics
+        logprob, entropy, maximum, log_sum = statistics
+        mean = log_sum - entropy  # of x - maximum under this rank's softmax
+        mine = torch.stack([maximum, log_sum, mean, logprob, (target >= 0).to(logprob.dtype)])
+        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, mine, group=self.group)
+        maxima, log_sums, means, logprobs, owners = torch.stack(parts, 1)
+        top = maxima.amax(0)
+        shift = maxima - top
+        total = torch.logsumexp(shift + log_sums, 0)
+        chosen = ((logprobs + log_sums + shift - total) * owners).sum(0)
+        average = (torch.exp(shift + log_sums - total) * (means + shift)).sum(0)
+        return torch.stack([chosen, total - average, top, total])
+
+    def reduce(self, hidden_gradient: Tensor) -> None:
+        """Sum a gradient with respect to the replicated hidden states over the shards, in place."""
+        if self.group is not None:
+            dist.all_reduce(hidden_gradient, group=self.group)
