@@ -18,7 +18,7 @@ def _has_extension() -> bool:
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """"torch", "triton" or "cpu" for tensors of this device and dtype; ValueError if the asked one cannot run."""
+    """ "torch", "triton" or "cpu" for tensors of this device and dtype; ValueError if the asked one cannot run."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(map(repr, BACKENDS))}")
     if backend == "auto":

@@ -5,6 +5,7 @@ from torch import Tensor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
+MASKS = (torch.bool, torch.uint8, *INTEGERS, *FLOATS)
 
 
 def check_tensor(name: str, value: object, shape: tuple[int | None, ...], dtypes: tuple, device: torch.device) -> None:
@@ -12,7 +13,7 @@ def check_tensor(name: str, value: object, shape: tuple[int | None, ...], dtypes
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is a {type(value).__name__}; allowed: a tensor")
     wanted = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
-    if value.dim() != len(shape) or any(b is not None and a != b for a, b in zip(value.shape, shape)):
+    if value.dim() != len(shape) or any(b is not None and a != b for a, b in zip(value.shape, shape, strict=True)):
         raise ValueError(f"{name} has shape {list(value.shape)}; allowed: {wanted}")
     if value.dtype not in dtypes:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -57,7 +58,8 @@ def check_target(target: Tensor, tokens: int, vocabulary: int, ignore_index: int
         if wrong.any():
             position = int(wrong.nonzero()[0])
             raise ValueError(
-                f"target[{position}] is {int(target[position])}; allowed: 0 to {vocabulary - 1}, or ignore_index {ignore_index}"
+                f"target[{position}] is {int(target[position])}; "
+                f"allowed: 0 to {vocabulary - 1}, or ignore_index {ignore_index}"
             )
     return counted
 
@@ -69,7 +71,7 @@ def check_offsets(name: str, offsets: Tensor, total: int, device: torch.device) 
     if not values or values[0] != 0 or values[-1] != total:
         ends = f"{values[0]} to {values[-1]}" if values else "nothing"
         raise ValueError(f"{name} runs from {ends}; allowed: from 0 to {total}, the length of what it divides")
-    for index, (before, after) in enumerate(zip(values, values[1:])):
+    for index, (before, after) in enumerate(zip(values, values[1:], strict=False)):
         if after <= before:
             raise ValueError(f"{name}[{index + 1}] is {after} after {before}; allowed: strictly increasing offsets")
     return values
@@ -83,7 +85,9 @@ def check_logprob(name: str, value: Tensor | None, tokens: int, trained: Tensor,
     wrong = ~torch.isfinite(value) & trained
     if wrong.any():
         position = int(wrong.nonzero()[0])
-        raise ValueError(f"{name}[{position}] is {float(value[position])}; allowed: finite numbers where mask is nonzero")
+        raise ValueError(
+            f"{name}[{position}] is {float(value[position])}; allowed: finite numbers where mask is nonzero"
+        )
 
 
 def check_group(reward: Tensor, cu_groups: Tensor, beta1: float, valid: Tensor | None) -> None:
@@ -94,6 +98,6 @@ def check_group(reward: Tensor, cu_groups: Tensor, beta1: float, valid: Tensor |
         raise ValueError(f"beta1 is {beta1}; allowed: a number > 0, inf for the group mean")
     scored = torch.ones_like(reward, dtype=torch.bool)
     if valid is not None:
-        check_tensor("valid", valid, (len(reward),), (torch.bool, torch.uint8, *INTEGERS, *FLOATS), reward.device)
+        check_tensor("valid", valid, (len(reward),), MASKS, reward.device)
         scored = valid != 0
     check_logprob("reward", reward, len(reward), scored, reward.device)

@@ -52,7 +52,12 @@ class _LinearLogprob(torch.autograd.Function):
         if hidden_sum is not None:
             head.vocabulary.reduce(hidden_sum)
         gradients = (hidden_sum, main.weight, main.bias)
-        return (*(g if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes)), None, None, None)
+        return (
+            *(g if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)),
+            None,
+            None,
+            None,
+        )
 
 
 def _chunks(tokens: int, step: int) -> list[slice]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, check_head, check_logprob, check_offsets, check_target, check_tensor
+from .checks import FLOATS, MASKS, check_head, check_logprob, check_offsets, check_target, check_tensor
 from .chunks import Chunk, plan_chunks
 from .head import Head, HeadOptions, compute_dtype
 from .matmul import WeightGradient, hidden_product, wide
@@ -273,7 +273,7 @@ class _FusedPolicyLoss(torch.autograd.Function):
         for gradient in gradients:
             if gradient is not None and not unchanged:
                 gradient.mul_(upstream)
-        return (*(g if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes)), None)
+        return (*(g if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)), None)
 
 
 def _check_upstream(upstream: Tensor) -> None:
@@ -292,11 +292,12 @@ def _complete(inputs: PolicyInputs, cu_seqlens: Tensor, counted: Tensor, tokens:
     device = counted.device
     trained = counted
     if inputs.mask is not None:
-        check_tensor("mask", inputs.mask, (tokens,), (torch.bool, torch.uint8, torch.int32, torch.int64, *FLOATS), device)
+        check_tensor("mask", inputs.mask, (tokens,), MASKS, device)
         trained = counted & (inputs.mask != 0)
     check_tensor("advantage", inputs.advantage, (len(cu_seqlens) - 1,), FLOATS, device)
-    if not torch.isfinite(inputs.advantage).all():
-        raise ValueError(f"advantage has {inputs.advantage[~torch.isfinite(inputs.advantage)][0]}; allowed: finite numbers")
+    finite = torch.isfinite(inputs.advantage)
+    if not finite.all():
+        raise ValueError(f"advantage has {float(inputs.advantage[~finite][0])}; allowed: finite numbers")
     for name in ("behavior_logprob", "proximal_logprob", "reference_logprob"):
         check_logprob(name, getattr(inputs, name), tokens, trained, device)
     return replace(inputs, mask=trained, cu_seqlens=cu_seqlens)
@@ -380,6 +381,4 @@ def oapl_loss(
     inputs = PolicyInputs(behavior_logprob, advantage, mask=mask)
     if normalizer is None:
         normalizer = max(1, len(advantage))
-    return fused_policy_loss(
-        hidden, weight, target, cu_seqlens, oapl(beta2), inputs, normalizer=normalizer, **options
-    )
+    return fused_policy_loss(hidden, weight, target, cu_seqlens, oapl(beta2), inputs, normalizer=normalizer, **options)

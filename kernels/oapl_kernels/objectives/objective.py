@@ -101,6 +101,8 @@ def positive(name: str, value: float) -> float:
 
 def clip_range(clip_low: float, clip_high: float) -> tuple[float, float]:
     """The interval [1 - clip_low, 1 + clip_high] that a ratio is clipped to."""
-    if not 0 <= clip_low <= 1 or not 0 <= clip_high:
-        raise ValueError(f"clip_low, clip_high are {clip_low}, {clip_high}; allowed: 0 <= clip_low <= 1, clip_high >= 0")
+    if not 0 <= clip_low <= 1 or not clip_high >= 0:
+        raise ValueError(
+            f"clip_low, clip_high are {clip_low}, {clip_high}; allowed: 0 <= clip_low <= 1, clip_high >= 0"
+        )
     return 1 - clip_low, 1 + clip_high

@@ -1,0 +1,13 @@
+import sys
+from pathlib import Path
+
+import pytest
+from oapl_kernels import scratch
+
+sys.path.insert(0, str(Path(__file__).parent))  # head_reference, shared by the tests of this folder
+
+
+@pytest.fixture(autouse=True)
+def poisoned_scratch(monkeypatch):
+    """Scratch starts as NaN: whatever is read before it is written shows in the results."""
+    monkeypatch.setattr(scratch, "POISON", True)

@@ -1,0 +1,145 @@
+"""The head and its losses in plain autograd, at any dtype: what the tests compare with."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from oapl_kernels import Objective, PolicyInputs, fused_policy_loss
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one comparison; hidden, weight and bias are leaves without gradient."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    cu_seqlens: Tensor
+    inputs: PolicyInputs
+    objective: Objective
+    normalizer: float = 5.0
+    entropy_coefficient: float = 0.0
+    temperature: float = 1.0
+    softcap: float | None = None
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        """Hidden, weight and bias in dtype; the inputs in fp32, or fp64 for fp64."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        values = {f.name: getattr(self.inputs, f.name) for f in fields(self.inputs)}
+        inputs = PolicyInputs(
+            **{k: v.to(wide) if v is not None and v.is_floating_point() else v for k, v in values.items()}
+        )
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias, inputs=inputs)
+
+
+def make_case(
+    objective: Objective, lengths: list[int], seed: int, dtype: torch.dtype, depth=33, vocabulary=257, **options
+):
+    """A random case with sequences of these lengths, whose hidden states, weight and bias are exact in dtype."""
+    random = torch.Generator().manual_seed(seed)
+    tokens, count = sum(lengths), len(lengths)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    hidden = normal(tokens, depth).to(dtype).double()
+    weight = (normal(vocabulary, depth) * 0.3).to(dtype).double()
+    bias = normal(vocabulary).to(dtype).double()
+    target = torch.randint(0, vocabulary, (tokens,), generator=random)
+    if tokens > 1:
+        target[0], target[-1] = 0, vocabulary - 1
+    near = torch.log_softmax(hidden @ weight.T + bias, -1).gather(1, target[:, None])[:, 0].float().double()
+    inputs = PolicyInputs(
+        behavior_logprob=(near + 0.1 * normal(tokens)).float().double(),
+        advantage=normal(count).float().double(),
+        proximal_logprob=(near + 0.05 * normal(tokens)).float().double(),
+        reference_logprob=(near + 0.1 * normal(tokens)).float().double(),
+        mask=torch.rand(tokens, generator=random) > 0.15,
+    )
+    offsets = torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()])
+    return Case(hidden, weight, bias, target, offsets, inputs, objective, **options).to(dtype)
+
+
+def plain_autograd(case: Case) -> dict[str, Tensor]:
+    """Loss, log-probs, entropies and gradients as torch computes them, in the case's own dtype."""
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    bias = None if case.bias is None else case.bias.clone().requires_grad_()
+    z = torch.nn.functional.linear(hidden, weight, bias)
+    z = z if z.dtype == torch.float64 else z.float()
+    z = z if case.softcap is None else case.softcap * torch.tanh(z / case.softcap)
+    logs = torch.log_softmax(z / case.temperature, -1)
+    logprob = logs.gather(1, case.target[:, None])[:, 0]
+    entropy = -(logs.exp() * logs).sum(1)
+    inputs = replace(case.inputs, cu_seqlens=case.cu_seqlens)
+    functions = [fn for fn in (case.objective.fn, case.objective.token_fn) if fn is not None]
+    loss = sum(fn(logprob, inputs) for fn in functions) - case.entropy_coefficient * (entropy * inputs.mask).sum()
+    loss = loss / case.normalizer
+    loss.backward()
+    result = {"loss": loss.detach(), "logprob": logprob.detach(), "entropy": entropy.detach()}
+    result |= {"hidden": hidden.grad, "weight": weight.grad}
+    return result if bias is None else result | {"bias": bias.grad}
+
+
+def fused(case: Case, **options) -> dict[str, Tensor]:
+    """The same from fused_policy_loss."""
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    bias = None if case.bias is None else case.bias.clone().requires_grad_()
+    result = fused_policy_loss(
+        hidden,
+        weight,
+        case.target,
+        case.cu_seqlens,
+        case.objective,
+        case.inputs,
+        normalizer=case.normalizer,
+        entropy_coefficient=case.entropy_coefficient,
+        bias=bias,
+        temperature=case.temperature,
+        softcap=case.softcap,
+        **options,
+    )
+    result.loss.backward()
+    values = {"loss": result.loss.detach(), "logprob": result.logprob, "entropy": result.entropy}
+    values |= {"hidden": hidden.grad, "weight": weight.grad}
+    return values if bias is None else values | {"bias": bias.grad}
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    """Norm of the difference over the norm of the exact value."""
+    return float((value.double() - exact).norm() / exact.norm().clamp_min(1e-300))
+
+
+def errors(values: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    assert values.keys() == exact.keys()
+    return {name: relative_error(values[name], exact[name]) for name in exact}
+
+
+HALF = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+
+
+def assert_within_twice(ours, theirs, dtype):
+    """ours and theirs: lists of error dicts over seeds. A result rounded once to its dtype is always allowed."""
+    result = {torch.bfloat16: HALF[dtype], torch.float16: HALF[dtype]}.get(dtype, 16 * HALF[dtype])
+    for name in ours[0]:
+        allowed = result if name in ("hidden", "weight", "bias") else 64 * HALF[torch.float32]
+        allowed = 128 * HALF[dtype] if dtype == torch.float64 else allowed
+        mean = [sum(e[name] ** 2 for e in runs) ** 0.5 for runs in (ours, theirs)]
+        assert mean[0] <= max(2 * mean[1], allowed), f"{name}: {mean[0]:.2e}, torch's own {mean[1]:.2e}"
+
+
+class Products(TorchDispatchMode):
+    """Counts the multiply-adds of matrix products, twice, as FLOPs."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        if name in ("aten::mm", "aten::addmm"):
+            left, right = args[-2:]
+            self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        return function(*args, **(kwargs or {}))

@@ -1,0 +1,81 @@
+import pytest
+import torch
+from head_reference import Products, assert_within_twice, errors, make_case, plain_autograd
+from oapl_kernels import Objective, linear_logprob
+
+WEIGHTED = Objective("weighted", "token", lambda lp, i: (lp * i.behavior_logprob * i.mask).sum())
+
+
+def through_logprob(case, **options):
+    """The loss of case.objective and entropy, through linear_logprob and ordinary autograd."""
+    hidden, weight, bias = (t.clone().requires_grad_() for t in (case.hidden, case.weight, case.bias))
+    keywords = {"bias": bias, "temperature": case.temperature, "softcap": case.softcap, "return_entropy": True}
+    logprob, entropy = linear_logprob(hidden, weight, case.target, **keywords, **options)
+    loss = case.objective.fn(logprob, case.inputs) - case.entropy_coefficient * (entropy * case.inputs.mask).sum()
+    loss = loss / case.normalizer
+    loss.backward()
+    values = {"loss": loss.detach(), "logprob": logprob.detach(), "entropy": entropy.detach()}
+    return values | {"hidden": hidden.grad, "weight": weight.grad, "bias": bias.grad}
+
+
+@pytest.mark.parametrize("backend", ["torch"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("entropy_coefficient", [0.0, 0.1])
+def test_error_is_at_most_twice_that_of_torch(dtype, softcap, entropy_coefficient, backend):
+    ours, theirs = [], []
+    for seed in range(3):
+        options = {"softcap": softcap, "temperature": 1.3, "entropy_coefficient": entropy_coefficient}
+        case = make_case(WEIGHTED, [83], seed, dtype, **options)
+        exact = plain_autograd(case.to(torch.float64))
+        ours.append(errors(through_logprob(case, chunk_tokens=16, backend=backend), exact))
+        theirs.append(errors(plain_autograd(case), exact))
+    assert_within_twice(ours, theirs, dtype)
+
+
+def test_ignored_tokens_are_zero_and_without_gradient():
+    hidden, weight = torch.randn(6, 5, requires_grad=True), torch.randn(7, 5)
+    logprob, entropy = linear_logprob(
+        hidden, weight, torch.tensor([1, -1, 2, -1, 3, 6]), ignore_index=-1, return_entropy=True
+    )
+    assert (logprob[[1, 3]] == 0).all()
+    assert (entropy[[1, 3]] == 0).all()
+    (logprob.sum() + entropy.sum()).backward()
+    assert (hidden.grad[[1, 3]] == 0).all()
+    assert (hidden.grad[[0, 2, 4, 5]] != 0).any(1).all()
+
+
+@pytest.mark.parametrize(("training", "units"), [(False, 2), (True, 8)])
+def test_scoring_is_one_product_and_training_three_more(training, units):
+    hidden, weight = torch.randn(40, 16, requires_grad=training), torch.randn(64, 16, requires_grad=training)
+    with Products() as meter:
+        logprob = linear_logprob(hidden, weight, torch.arange(40), chunk_tokens=16, backend="torch")
+        if training:
+            logprob.sum().backward()
+    assert meter.flops == units * 40 * 16 * 64
+
+
+def test_minus_infinity_in_the_bias_closes_a_part_of_the_vocabulary():
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    bias = torch.zeros(20)
+    bias[12:] = -torch.inf
+    logprob, entropy = linear_logprob(hidden, weight, torch.arange(5), bias=bias, return_entropy=True, backend="torch")
+    exact = torch.log_softmax(hidden @ weight[:12].T, -1)
+    torch.testing.assert_close(logprob, exact[range(5), range(5)])
+    torch.testing.assert_close(entropy, -(exact.exp() * exact).sum(1))
+    (logprob.sum() + entropy.sum()).backward()
+    assert torch.isfinite(weight.grad).all()
+    assert (weight.grad[12:] == 0).all()
+
+
+def test_no_tokens():
+    hidden = torch.zeros(0, 4, requires_grad=True)
+    logprob = linear_logprob(hidden, torch.randn(5, 4), torch.zeros(0, dtype=torch.int64))
+    logprob.sum().backward()
+    assert logprob.shape == (0,)
+    assert hidden.grad.shape == (0, 4)
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match=r"target\[1\] is 5; allowed: 0 to 4, or ignore_index -100"):
+        linear_logprob(torch.zeros(2, 4), torch.zeros(5, 4), torch.tensor([0, 5]))
