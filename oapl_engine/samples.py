@@ -86,22 +86,25 @@ class Group:
 
 @dataclass(frozen=True)
 class PromptSpan:
-    """Row range of one shared prompt prefix and of the responses that read it (packing with share_prompts)."""
+    """Rows of one group in a Batch: a shared prefix (its prompt but for the last token), then the responses that read it.
+
+    length 0: nothing is shared, and each response's rows begin with its whole prompt.
+    """
 
     start: int
     length: int
-    responses: tuple[tuple[int, int], ...]  # (first row, rows) of each response, in order
+    responses: tuple[tuple[int, int], ...]  # (first row, rows) of each response, in order, without gaps
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One packed micro-batch: rows of several groups one after another, no padding.
+    """One packed micro-batch: rows of several groups one after another, no padding. Made by trainer.packing.
 
     token_ids [T] i64, positions [T] i64; target [T] i64: the token that row t predicts, -100 where none is trained;
-    mask [T] u8: 1 where target is a sampled token; behavior_logprob [T] f32 of target;
-    cu_seqlens [N+1] i64: scored spans over the *predicting rows* in order of `rows` (see trainer/packing.py);
-    cu_groups [P+1] i64: sequences of each group; prompts: one span a group (empty responses where not shared);
-    advantage [N] f32; keys: N rollout keys.
+    mask [T] u8: 1 where target is a sampled token; behavior_logprob [T] f32 of target; prompts: one span a group;
+    rows [R] i64: the rows with mask 1 (all that the head computes); cu_seqlens [N+1] i64: offsets of sequences in rows;
+    cu_groups [P+1] i64: sequences of each group; advantage [N] f32; keys: N rollout keys.
+    proximal_logprob, reference_logprob [T] f32: only for objectives that ask for them (trainer.score.scored_as).
     """
 
     token_ids: NDArray[np.int64]
@@ -109,12 +112,14 @@ class Batch:
     target: NDArray[np.int64]
     mask: NDArray[np.uint8]
     behavior_logprob: NDArray[np.float32]
+    rows: NDArray[np.int64]
     cu_seqlens: NDArray[np.int64]
     cu_groups: NDArray[np.int64]
     prompts: tuple[PromptSpan, ...]
     advantage: NDArray[np.float32]
     keys: tuple[str, ...]
-    rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    proximal_logprob: NDArray[np.float32] | None = None
+    reference_logprob: NDArray[np.float32] | None = None
 
 
 def group_key(epoch: int, prompt_id: str, attempt: int) -> str:

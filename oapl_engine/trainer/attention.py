@@ -1,0 +1,254 @@
+"""Attention over packed rows, registered with transformers as `oapl_packed`.
+
+A plan, made once a batch from its spans, says who reads whom: a prefix reads itself, a response reads its group's
+prefix and itself, all causally. Two forms of the same mathematics: SDPA on pieces (any device and dtype); on CUDA in
+half precision one variable-length flash call, with the prefix's keys and values gathered before each response.
+
+Stock attention given packed rows is silently wrong (a jump of positions is read as a new document), so nothing runs
+unless both are there: `packed_attention` refuses without a plan, `Policy.hidden` without the registered attention.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+from oapl_engine.samples import PromptSpan
+
+NAME = "oapl_packed"
+# Up to this many rows one masked call a group beats one call a response (measured on CPU: packing.md).
+ROWS_IN_ONE_CALL = 256
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Query rows of one SDPA call; `context`: index of the piece with the shared prefix, read before the own rows."""
+
+    rows: int
+    context: int | None
+    span: PromptSpan | None = None  # a whole small group at once
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Immutable but for `masks`, a memo that all layers share. Index tensors are for the variable-length form:
+
+    gather [K] i64 (None: keys are the rows themselves), cu_query and cu_key [S+1] i32, S segments in order of rows.
+    """
+
+    pieces: tuple[Piece, ...]
+    device: torch.device
+    kernel: str  # "sdpa" | "flash" | "varlen"
+    gather: Tensor | None
+    cu_query: Tensor
+    cu_key: Tensor
+    max_query: int
+    max_key: int
+    masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
+
+
+def plan_attention(spans: Sequence[PromptSpan], device: torch.device, kernel: str = "sdpa") -> AttentionPlan:
+    """The plan of a batch with these spans."""
+    segments = [s for span in spans for s in _segments(span)]
+    queries = torch.tensor([rows for _, rows, _ in segments])
+    keys = torch.tensor([rows + prefix[1] for _, rows, prefix in segments])
+    shared = any(prefix[1] for _, _, prefix in segments)
+    return AttentionPlan(
+        pieces=tuple(_pieces(spans)),
+        device=device,
+        kernel=kernel,
+        gather=_gather(segments).to(device) if shared else None,
+        cu_query=F.pad(queries.cumsum(0), (1, 0)).to(device, torch.int32),
+        cu_key=F.pad(keys.cumsum(0), (1, 0)).to(device, torch.int32),
+        max_query=int(queries.max()),
+        max_key=int(keys.max()),
+    )
+
+
+Segment = tuple[int, int, tuple[int, int]]  # first row, rows, (start, length) of the prefix that it reads
+
+
+def _segments(span: PromptSpan) -> list[Segment]:
+    prefix = (span.start, span.length)
+    own: list[Segment] = [(span.start, span.length, (0, 0))] if span.length else []
+    return own + [(start, rows, prefix) for start, rows in span.responses]
+
+
+def _gather(segments: Sequence[Segment]) -> Tensor:
+    ranges = [(a, n) for start, rows, prefix in segments for a, n in (prefix, (start, rows)) if n]
+    return torch.cat([torch.arange(a, a + n) for a, n in ranges])
+
+
+def _pieces(spans: Sequence[PromptSpan]) -> list[Piece]:
+    pieces: list[Piece] = []
+    for span in spans:
+        total = span.length + sum(rows for _, rows in span.responses)
+        if len(span.responses) > 1 and total <= ROWS_IN_ONE_CALL:
+            pieces.append(Piece(total, None, span))
+            continue
+        context = len(pieces) if span.length else None
+        if span.length:
+            pieces.append(Piece(span.length, None))
+        pieces.extend(Piece(rows, context) for _, rows in span.responses)
+    return pieces
+
+
+def attention_kernel(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Kernel for `model.attention` on this device: "flash", torch's "varlen", or "sdpa". Raises ValueError."""
+    half_on_cuda = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    installed = importlib.util.find_spec("flash_attn") is not None
+    if requested == "flash" and not (half_on_cuda and installed):
+        lack = "flash-attn is not installed" if half_on_cuda else f"flash-attn cannot run on {device.type} in {dtype}"
+        raise ValueError(f'model.attention = "flash": {lack}; use model.attention = "auto"')
+    if requested == "sdpa" or not half_on_cuda:
+        return "sdpa"
+    return "flash" if installed else "varlen"
+
+
+@torch.compiler.disable  # a plan's lengths differ in every batch: traced, each would be compiled anew
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    attention_plan: AttentionPlan | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D]. RuntimeError without a plan."""
+    if attention_plan is None:
+        raise RuntimeError(f'attention "{NAME}" ran without a plan: call the model through Policy.hidden')
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast RoPE returns float32
+    if attention_plan.kernel == "sdpa" or (softcap is not None and attention_plan.kernel != "flash"):
+        return segment_attention(query, key, value, attention_plan, scaling, sliding_window, softcap), None
+    kernel = _flash if attention_plan.kernel == "flash" else _varlen
+    out = varlen_attention(query[0], key[0], value[0], attention_plan, kernel, scaling, sliding_window, softcap)
+    return out[None], None
+
+
+AttentionInterface.register(NAME, packed_attention)
+
+
+def segment_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: AttentionPlan,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """One SDPA call a piece. Shapes as in `packed_attention`."""
+    sizes = [piece.rows for piece in plan.pieces]
+    # split, not slices: the backward of each slice would zero-fill a tensor of all rows.
+    queries, keys, values = query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2)
+    out = []
+    for i, piece in enumerate(plan.pieces):
+        k, v = keys[i], values[i]
+        if piece.context is not None:
+            k, v = torch.cat([keys[piece.context], k], 2), torch.cat([values[piece.context], v], 2)
+        out.append(_attend(queries[i], k, v, _mask(plan, i, window), scale, softcap))
+    return torch.cat(out, 2).transpose(1, 2)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None
+) -> Tensor:
+    if softcap is None:
+        grouped = key.shape[1] != query.shape[1]
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        )
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = softcap * torch.tanh(scores / softcap)
+    rows, columns = scores.shape[-2:]
+    keep = mask if mask is not None else torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril()
+    return scores.masked_fill(~keep, -torch.inf).softmax(-1, dtype=_at_least_float32(scores)).to(value.dtype) @ value
+
+
+def _at_least_float32(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
+
+
+def _mask(plan: AttentionPlan, i: int, window: int | None) -> Tensor | None:
+    """Boolean mask [rows, keys] of piece i; None: plainly causal."""
+    if (i, window) not in plan.masks:
+        plan.masks[i, window] = _make_mask(plan, plan.pieces[i], window)
+    return plan.masks[i, window]
+
+
+def _make_mask(plan: AttentionPlan, piece: Piece, window: int | None) -> Tensor | None:
+    if piece.span is not None:
+        position, owner = _positions_and_owners(piece.span, plan.device)
+        mine = (owner[None] == owner[:, None]) | (owner[None] == 0)
+        return mine & _causal(position, position, window)
+    context = 0 if piece.context is None else plan.pieces[piece.context].rows
+    if not context and (window is None or window >= piece.rows):
+        return None
+    keys = torch.arange(context + piece.rows, device=plan.device)
+    return _causal(keys[context:], keys, window)
+
+
+def _positions_and_owners(span: PromptSpan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Per row of a group: position in its sequence, and 0 for the prefix or the response's number from 1."""
+    lengths = torch.tensor([span.length, *(rows for _, rows in span.responses)], device=device)
+    owner = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
+    starts = lengths.cumsum(0) - lengths
+    rank = torch.arange(len(owner), device=device) - starts[owner]
+    return torch.where(owner == 0, rank, rank + span.length), owner
+
+
+def _causal(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    distance = query[:, None] - key[None]
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+VarlenKernel = Callable[..., Tensor]
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: AttentionPlan,
+    kernel: VarlenKernel,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """query [H, T, D], key and value [Hkv, T, D] -> [T, H, D] by one call of `kernel`, causal and aligned bottom right.
+
+    Plain autograd: the gather's backward adds the gradients of a prefix's copies.
+    """
+    query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+    if plan.gather is not None:
+        key, value = key.index_select(0, plan.gather), value.index_select(0, plan.gather)
+    lengths = (plan.cu_query, plan.cu_key, plan.max_query, plan.max_key)
+    return kernel(query.contiguous(), key.contiguous(), value.contiguous(), *lengths, scale, window, softcap)
+
+
+def _flash(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap) -> Tensor:  # type: ignore[no-untyped-def]
+    from flash_attn import flash_attn_varlen_func
+
+    sides = (-1, -1) if window is None else (window - 1, 0)
+    options = {"softmax_scale": scale, "causal": True, "window_size": sides, "softcap": softcap or 0.0}
+    return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+
+
+def _varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap) -> Tensor:  # type: ignore[no-untyped-def]
+    from torch.nn.attention.varlen import varlen_attn
+
+    sides = (-1, 0) if window is None else (window - 1, 0)
+    grouped = q.shape[1] != k.shape[1]
+    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=sides, enable_gqa=grouped)

@@ -1,0 +1,292 @@
+"""The policy: any transformers causal LM, its head, and its forward pass over packed rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
+
+from oapl_engine import config
+from oapl_engine.config import ConfigError
+from oapl_engine.samples import Batch
+from oapl_engine.trainer import attention
+from oapl_engine.trainer.head import Head, head_of, row_logprob
+from oapl_engine.trainer.layout import LAYOUTS, Layout, layout_rule, make_batches, own_logprob, probe_items
+from oapl_engine.trainer.packing import Item
+
+log = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# "LoRA Without Regret" (Thinking Machines, 2025): with alpha fixed the best learning rate does not depend on the rank.
+LORA_ALPHA = 32
+
+
+@dataclass
+class Policy:
+    """A causal LM on one device. matmul_dtype: of its matrix products; parameters keep their own dtype."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    device: torch.device
+    matmul_dtype: torch.dtype
+    kernel: str = "sdpa"
+    layout: Layout = LAYOUTS[0]
+
+    @property
+    def head(self) -> Head:
+        return head_of(self.model)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Autocast where the matrix products are narrower than the parameters."""
+        parameter = next(self.model.parameters()).dtype
+        narrower = self.matmul_dtype == torch.bfloat16 and parameter == torch.float32
+        return torch.autocast(self.device.type, self.matmul_dtype, enabled=narrower)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Hidden states [T, D] after the last norm. Raises RuntimeError if the rows would be read wrongly."""
+        extra = {"attention_plan": self._plan(batch)} if self.layout.together else self._no_plan(batch)
+        token_ids = torch.from_numpy(batch.token_ids).to(self.device)[None]
+        positions = torch.from_numpy(batch.positions).to(self.device)[None]
+        with self.precision():
+            out = self.model.get_decoder()(input_ids=token_ids, position_ids=positions, use_cache=False, **extra)
+        return out.last_hidden_state[0]
+
+    def _plan(self, batch: Batch) -> attention.AttentionPlan:
+        for part in (self.model, self.model.get_decoder()):
+            if part.config._attn_implementation != attention.NAME:
+                raise RuntimeError(
+                    f'{type(part).__name__} uses attention "{part.config._attn_implementation}", which reads packed '
+                    f'rows wrongly; set it back to "{attention.NAME}"'
+                )
+        return attention.plan_attention(batch.prompts, self.device, self.kernel)
+
+    def _no_plan(self, batch: Batch) -> dict[str, object]:
+        if len(batch.keys) != 1:
+            raise RuntimeError(
+                f"{len(batch.keys)} sequences in a batch, but {self.layout.reason}: pack them one by one"
+            )
+        return {}
+
+    def batches(self, items: list[Item], token_budget: int, share_prompts: bool) -> list[Batch]:
+        """Packed micro-batches in a layout that this model computes exactly."""
+        return make_batches(items, self.layout, token_budget, share_prompts)
+
+    def logprob(self, batch: Batch, temperature: float) -> Tensor:
+        """Log-probs [R] of the batch's scored rows, f32."""
+        with self.precision():
+            return row_logprob(self.head, self.hidden(batch), batch, temperature)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name to parameter, tied ones once."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def load_policy(model: config.Model, train: config.Train, device: torch.device | None = None) -> Policy:
+    """The policy of a recipe on `device` (default: this rank's GPU if there is one, else the CPU), ready to train.
+
+    Everything is checked before it returns: files, vocabulary, weights, precision, and that packed rows give the
+    model's own log-probs; layouts that do not are given up, and the reason is logged. Raises ConfigError.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    matmul_dtype = _matmul_dtype(model, train, device)
+    try:
+        kernel = attention.attention_kernel(model.attention, device, matmul_dtype)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    network = _load_network(model)
+    tokenizer = load_tokenizer(model.path)
+    _check_vocabulary(network, tokenizer, model.path)
+    _check_finite(network, model.path)
+    if model.lora_rank:
+        network = _add_lora(network, model.lora_rank)
+    policy = Policy(network.to(device).eval(), tokenizer, device, matmul_dtype, kernel)
+    choose_layout(policy)
+    _prepare_training(policy, train)
+    return policy
+
+
+def _matmul_dtype(model: config.Model, train: config.Train, device: torch.device) -> torch.dtype:
+    if model.dtype == "bfloat16":
+        if train.precision == "float32":
+            raise ConfigError('train.precision = "float32" with model.dtype = "bfloat16": set model.dtype = "float32"')
+        return torch.bfloat16
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if train.precision == "bfloat16" and device.type == "cuda" and not able:
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(f'train.precision = "bfloat16": {name} has no bfloat16; use "float32" or "auto"')
+    return torch.bfloat16 if train.precision == "bfloat16" or (train.precision == "auto" and able) else torch.float32
+
+
+def _load_network(model: config.Model) -> PreTrainedModel:
+    settings = _load_config(model.path)
+    _check_architecture(settings, model.path)
+    _check_files(Path(model.path))
+    try:
+        with _quiet():
+            network, info = AutoModelForCausalLM.from_pretrained(
+                model.path, dtype=DTYPES[model.dtype], output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f'model.path = "{model.path}" cannot be loaded: {error}') from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f'model.path = "{model.path}" lacks {len(missing)} weights, among them {missing[0]}: incomplete'
+        )
+    network.config.use_cache = False
+    return network
+
+
+def _load_config(path: str) -> Any:
+    local = Path(path)
+    if not local.exists() and (path.count("/") != 1 or path[0] in "./~"):
+        raise ConfigError(
+            f'model.path = "{path}" does not exist: name a folder with config.json, or a hub name org/model'
+        )
+    if local.is_dir() and not (local / "config.json").exists():
+        raise ConfigError(f'model.path = "{path}" has no config.json: name a folder in Hugging Face layout')
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f'model.path = "{path}" cannot be loaded: {error}') from error
+
+
+def _check_architecture(settings: Any, path: str) -> None:
+    if settings.model_type not in CAUSAL_LMS:
+        raise ConfigError(f'model.path = "{path}": {settings.model_type} is not a causal LM in transformers')
+    known = {name for names in CAUSAL_LMS.values() for name in ((names,) if isinstance(names, str) else names)}
+    named = settings.architectures or []
+    if named and not known & set(named):
+        raise ConfigError(f'model.path = "{path}" holds {named[0]}, not a causal LM: name a …ForCausalLM model')
+
+
+def _check_files(path: Path) -> None:
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else ():
+        try:
+            safe_open(file, "pt").__enter__()
+        except SafetensorError as error:
+            raise ConfigError(f"weights {file} are damaged or truncated ({error}): fetch the model again") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and load report: what matters in it is an error of ours."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer beside a model. Raises ConfigError."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f'model.path = "{path}" has no tokenizer: add tokenizer.json and tokenizer_config.json'
+        ) from error
+
+
+def _check_vocabulary(network: PreTrainedModel, tokenizer: Any, path: str) -> None:
+    rows = len(network.get_output_embeddings().weight)
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f'model.path = "{path}": the tokenizer has {len(tokenizer)} tokens but the head only {rows} rows; use the '
+            "model's own tokenizer, or resize the model's embeddings"
+        )
+
+
+def _check_finite(network: PreTrainedModel, path: str) -> None:
+    for name, parameter in network.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ConfigError(f'model.path = "{path}": weight {name} holds NaN or Inf; fetch or train the model again')
+
+
+def _add_lora(network: PreTrainedModel, rank: int) -> PreTrainedModel:
+    settings = LoraConfig(r=rank, lora_alpha=LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    return inject_adapter_in_model(settings, network)
+
+
+def choose_layout(policy: Policy) -> None:
+    """Set the first of LAYOUTS in which the packed probe has the model's own log-probs. ConfigError if none has."""
+    network, matmul_dtype, kernel = policy.model, policy.matmul_dtype, policy.kernel
+    own_attention = network.config._attn_implementation
+    # The comparison is one of mathematics: at the parameters' own precision, by a kernel that has it.
+    policy.matmul_dtype, policy.kernel = next(network.parameters()).dtype, "sdpa"
+    items = probe_items(len(network.get_output_embeddings().weight))
+    own = {r.key: own_logprob(network, r, policy.device) for item in items for r in item.rollouts}
+    reason = layout_rule(network.config.get_text_config())
+    if not network._supports_attention_backend:
+        reason = f"{type(network).__name__} does not take its attention from transformers' AttentionInterface"
+    for layout in LAYOUTS if reason is None else LAYOUTS[-1:]:
+        policy.layout = Layout(layout.share, layout.together, reason)
+        with _quiet():
+            network.set_attn_implementation(attention.NAME if layout.together else own_attention)
+        failure = _probe(policy, items, own)
+        if failure is None:
+            break
+        reason = reason or failure
+    else:
+        raise ConfigError(f"{type(network).__name__}: log-probs differ from the model's own ({failure}); not supported")
+    policy.matmul_dtype, policy.kernel = matmul_dtype, kernel
+    if reason is not None:
+        log.warning("prompts are not shared%s: %s", "" if policy.layout.together else ", nor rows packed", reason)
+
+
+@torch.no_grad()
+def _probe(policy: Policy, items: list[Item], own: dict[str, Tensor]) -> str | None:
+    tolerance = 0.1 if policy.matmul_dtype == torch.bfloat16 else 1e-3
+    worst = 0.0
+    try:
+        for batch in policy.batches(items, 1 << 20, True):
+            expected = torch.cat([own[key] for key in batch.keys])
+            worst = max(worst, float((policy.logprob(batch, 1.0) - expected).abs().max()))
+    except (RuntimeError, TypeError, ValueError) as error:
+        return f"the packed forward pass failed: {error}"
+    return None if worst <= tolerance else f"packed log-probs are off by {worst:.2g} nats"
+
+
+def _prepare_training(policy: Policy, train: config.Train) -> None:
+    policy.model.train()
+    for module in policy.model.modules():
+        # Log-probs are compared with the engine's, which has no dropout; oapl_packed ignores attention dropout.
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if train.checkpoint_activations:
+        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if train.compile:
+        for layer in policy.model.get_decoder().layers:
+            layer.compile(dynamic=True)
+
+
+def published_weights(policy: Policy) -> dict[str, Tensor]:
+    """Hugging Face name to weight, as served: LoRA merged into a copy of its base, tied weights under one name."""
+    weights = {name: p.detach() for name, p in policy.model.named_parameters() if ".lora_" not in name}
+    for name, module in policy.model.named_modules():
+        if isinstance(module, LoraLayer):
+            base = weights[f"{name}.base_layer.weight"]
+            weights[f"{name}.base_layer.weight"] = base + module.get_delta_weight("default").detach().to(base.dtype)
+    return {name.replace(".base_layer", ""): weight for name, weight in weights.items()}
+
+
+def vocabulary_size(policy: Policy) -> int:
+    """Rows of the head: token ids are below it."""
+    return len(policy.head.weight)

@@ -1,0 +1,145 @@
+"""Packed micro-batches: variable length, no padding, and each group's prompt once.
+
+Rows of a group with a shared prompt of P tokens: the prefix, prompt[:P-1], then for each response prompt[P-1:] and the
+response up to the token before its last scored one. So every row that predicts a response token belongs to that
+response alone, and no row needs special treatment. Without sharing, a response's rows begin with its whole prompt.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oapl_engine.samples import Batch, PromptSpan, Rollout
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Item:
+    """The rollouts of one group that are trained, and their advantages [n] f32."""
+
+    rollouts: tuple[Rollout, ...]
+    advantage: NDArray[np.float32]
+
+
+def pack(items: Iterable[Item], token_budget: int, share_prompts: bool) -> list[Batch]:
+    """Micro-batches of at most `token_budget` rows with nearly equal loads; the same input gives the same batches.
+
+    A group stays whole where it fits and is split between responses where not; a single response longer than the
+    budget goes alone. Raises ValueError for a rollout without scored token or prompt, and for a group of two prompts.
+    """
+    parts = [part for item in items for part in _split(item, token_budget, share_prompts)]
+    bins = _balance([_row_count(part, share_prompts) for part in parts], token_budget)
+    return [_batch([parts[i] for i in chosen], share_prompts) for chosen in bins]
+
+
+def _split(item: Item, token_budget: int, share_prompts: bool) -> list[Item]:
+    _check(item, share_prompts)
+    cuts = [0]
+    for i in range(1, len(item.rollouts)):
+        whole = Item(item.rollouts[cuts[-1] : i + 1], item.advantage)
+        if not share_prompts or _row_count(whole, True) > token_budget:
+            cuts.append(i)
+    ends = [*cuts[1:], len(item.rollouts)]
+    return [Item(item.rollouts[a:b], item.advantage[a:b]) for a, b in zip(cuts, ends, strict=True)]
+
+
+def _check(item: Item, share_prompts: bool) -> None:
+    first = item.rollouts[0]
+    for rollout in item.rollouts:
+        if rollout.prompt_length < 1:
+            raise ValueError(f"rollout {rollout.key} has an empty prompt: nothing predicts its first token")
+        if not rollout.loss_mask[rollout.prompt_length :].any():
+            raise ValueError(f"rollout {rollout.key} has no scored token: leave it out of the step")
+        if share_prompts and not np.array_equal(_prompt(rollout), _prompt(first)):
+            raise ValueError(f"rollouts {first.key} and {rollout.key} are one group but their prompts differ")
+
+
+def _prompt(rollout: Rollout) -> NDArray[np.int32]:
+    return rollout.token_ids[: rollout.prompt_length]
+
+
+def _last_scored(rollout: Rollout) -> int:
+    return int(np.flatnonzero(rollout.loss_mask)[-1])
+
+
+def _prefix(part: Item, share_prompts: bool) -> int:
+    # A response on its own shares with nobody: its prompt stays in its own rows, one attention call instead of two.
+    return part.rollouts[0].prompt_length - 1 if share_prompts and len(part.rollouts) > 1 else 0
+
+
+def _row_count(part: Item, share_prompts: bool) -> int:
+    prefix = _prefix(part, share_prompts)
+    return prefix + sum(_last_scored(r) - prefix for r in part.rollouts)
+
+
+def _balance(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of `sizes` in as few bins as the budget allows, largest first into the emptiest bin."""
+    count = max(1, math.ceil(sum(sizes) / budget))
+    largest_first = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    while sizes:
+        bins: list[list[int]] = [[] for _ in range(count)]
+        loads = [(0, b) for b in range(count)]
+        for i in largest_first:
+            load, b = heapq.heappop(loads)
+            bins[b].append(i)
+            heapq.heappush(loads, (load + sizes[i], b))
+        if all(load <= budget or len(bins[b]) == 1 for load, b in loads):
+            return sorted(sorted(chosen) for chosen in bins if chosen)
+        count += 1
+    return []
+
+
+def _batch(parts: Sequence[Item], share_prompts: bool) -> Batch:
+    pieces: list[tuple[NDArray, ...]] = []
+    spans, start = [], 0
+    for part in parts:
+        span, rows = _lay_out(part, _prefix(part, share_prompts), start)
+        spans.append(span)
+        pieces.extend(rows)
+        start += sum(len(piece[0]) for piece in rows)
+    token_ids, positions, target, mask, behavior = (np.concatenate(column) for column in zip(*pieces, strict=True))
+    rollouts = [r for part in parts for r in part.rollouts]
+    return Batch(
+        token_ids=token_ids,
+        positions=positions,
+        target=target,
+        mask=mask,
+        behavior_logprob=behavior,
+        rows=np.flatnonzero(mask),
+        cu_seqlens=_offsets([int(np.count_nonzero(r.loss_mask)) for r in rollouts]),
+        cu_groups=_offsets([len(part.rollouts) for part in parts]),
+        prompts=tuple(spans),
+        advantage=np.concatenate([part.advantage for part in parts]).astype(np.float32),
+        keys=tuple(r.key for r in rollouts),
+    )
+
+
+def _lay_out(part: Item, prefix: int, start: int) -> tuple[PromptSpan, list[tuple[NDArray, ...]]]:
+    first = part.rollouts[0]
+    pieces = [_rows(first, 0, prefix)] if prefix else []
+    responses, row = [], start + prefix
+    for rollout in part.rollouts:
+        end = _last_scored(rollout)
+        pieces.append(_rows(rollout, prefix, end))
+        responses.append((row, end - prefix))
+        row += end - prefix
+    return PromptSpan(start, prefix, tuple(responses)), pieces
+
+
+def _rows(rollout: Rollout, first: int, end: int) -> tuple[NDArray, ...]:
+    """Token ids, positions, targets, mask and behaviour log-probs of the rows that read tokens [first, end)."""
+    mask = rollout.loss_mask[first + 1 : end + 1].astype(np.uint8)
+    target = np.where(mask, rollout.token_ids[first + 1 : end + 1].astype(np.int64), IGNORE)
+    behavior = np.where(mask, rollout.behavior_logprob[first + 1 : end + 1], np.float32(0)).astype(np.float32)
+    return rollout.token_ids[first:end].astype(np.int64), np.arange(first, end), target, mask, behavior
+
+
+def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

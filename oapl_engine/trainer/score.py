@@ -1,0 +1,66 @@
+"""Log-probs of finished rollouts under the policy: the same packing, attention and head as in training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from oapl_engine.samples import Batch, Group
+from oapl_engine.trainer.model import Policy
+from oapl_engine.trainer.packing import Item
+
+LogProbs = dict[str, NDArray[np.float32]]
+
+
+def score(
+    policy: Policy, groups: Sequence[Group], *, temperature: float, token_budget: int, share_prompts: bool = True
+) -> LogProbs:
+    """Rollout key to log-probs [response tokens] f32 of every rollout with a sampled token; 0 where loss_mask is 0."""
+    kept = [tuple(r for r in g.rollouts if r.loss_mask.any()) for g in groups]
+    items = [Item(rollouts, np.zeros(len(rollouts), np.float32)) for rollouts in kept if rollouts]
+    by_key = {r.key: r for rollouts in kept for r in rollouts}
+    scored: LogProbs = {}
+    for batch in policy.batches(items, token_budget, share_prompts):
+        values = np.split(_logprob(policy, batch, temperature), batch.cu_seqlens[1:-1])
+        for key, value in zip(batch.keys, values, strict=True):
+            mask = by_key[key].loss_mask[by_key[key].prompt_length :] != 0
+            scored[key] = np.zeros(len(mask), np.float32)
+            scored[key][mask] = value
+    return scored
+
+
+@torch.no_grad()
+def _logprob(policy: Policy, batch: Batch, temperature: float) -> NDArray[np.float32]:
+    return policy.logprob(batch, temperature).cpu().numpy()
+
+
+def scored_as(field: str, policy: Policy, batches: Sequence[Batch], temperature: float) -> list[Batch]:
+    """The batches with field `proximal_logprob` (by the policy before the step) or `reference_logprob` filled in."""
+    values = [_spread(batch, _logprob(policy, batch, temperature)) for batch in batches]
+    return [replace(batch, **{field: v}) for batch, v in zip(batches, values, strict=True)]  # type: ignore[arg-type]
+
+
+def _spread(batch: Batch, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    rows = np.zeros(len(batch.target), np.float32)
+    rows[batch.rows] = values
+    return rows
+
+
+def logprob_gap(
+    trainer: Mapping[str, NDArray[np.float32]], engine: Mapping[str, NDArray[np.float32]]
+) -> dict[str, float]:
+    """Trainer against engine on the same rollouts and weights: mean and max |difference|, and k3 = E[e^d - d - 1].
+
+    d = trainer - engine, nats a token; k3 estimates KL(engine || trainer) without bias (Schulman 2020).
+    """
+    d = np.concatenate([trainer[key].astype(np.float64) - engine[key] for key in engine])
+    k3 = float(np.mean(np.expm1(d) - d))
+    return {
+        "logprob_gap_mean": float(np.abs(d).mean()),
+        "logprob_gap_max": float(np.abs(d).max()),
+        "logprob_gap_k3": k3,
+    }
