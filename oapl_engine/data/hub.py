@@ -1,0 +1,42 @@
+"""Problems from a data set of the Hugging Face hub (package `datasets`, optional), with the fields of JSONL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from oapl_engine.config import ConfigError
+from oapl_engine.data.jsonl import finite_source, problems_of_rows
+from oapl_engine.data.problem import Source, nearest
+
+OPTIONS = {"config": None, "split": "train", "revision": None, "question": "question", "answer": "answer"}
+
+
+def hub_source(task: str, options: dict[str, Any]) -> Source:
+    """Source of hub data set `task`. Options: config, split, revision, and the columns that hold question and answer.
+
+    Raises ConfigError where `datasets` is not installed, the hub cannot be reached, or a column is missing.
+    """
+    for name in options:
+        if name not in OPTIONS:
+            raise ConfigError(f'data.options.{name}: unknown for source = "hf"; {nearest(name, OPTIONS)}')
+    settings = OPTIONS | options
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            f'data.source = "hf" (task "{task}") needs the package datasets: pip install datasets, or export the '
+            'problems to JSONL and use data.source = "jsonl"'
+        ) from error
+    try:
+        table = datasets.load_dataset(task, settings["config"], split=settings["split"], revision=settings["revision"])
+    except (OSError, ValueError) as error:  # offline, unknown name, unknown split: all are one of these two
+        raise ConfigError(
+            f'data.task = "{task}": the hub data set cannot be loaded: {error}; check the name and the network, or '
+            'use data.source = "jsonl"'
+        ) from error
+    rename = {settings["question"]: "question", settings["answer"]: "answer"}
+    for column in rename:
+        if column not in table.column_names:
+            raise ConfigError(f'data.task = "{task}" has no column "{column}"; {nearest(column, table.column_names)}')
+    rows = ((f"{task}, row {n}", n, {rename.get(k, k): v for k, v in row.items()}) for n, row in enumerate(table))
+    return finite_source(task, problems_of_rows(rows, task.replace("/", "-")))

@@ -1,0 +1,40 @@
+"""What every source of problems offers: a question by number, and the record its verifier needs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question. Two problems are the same when their question texts are."""
+
+    id: str
+    question: str
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Problems by number: `problem(i)` is a pure function of i in [0, size).
+
+    finite: the problems are all there are (a file). Otherwise they are generated, and numbers past `size` are spare
+    problems that stand in for those which may not be trained on.
+    """
+
+    name: str
+    size: int
+    problem: Callable[[int], Problem]
+    finite: bool
+    verifier: str
+    verifier_options: dict[str, Any] = field(default_factory=dict)
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`did you mean …?`, or the whole list where nothing is near."""
+    valid = sorted(valid)
+    near = difflib.get_close_matches(name, valid, 1, 0.5)
+    return f"did you mean {near[0]}?" if near else f"there are: {', '.join(valid)}"

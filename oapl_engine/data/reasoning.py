@@ -1,0 +1,78 @@
+"""Problems of reasoning-gym by name, generated when asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+from typing import Any
+
+from oapl_engine.config import ConfigError
+from oapl_engine.data.problem import Problem, Source, nearest
+
+SIZE = 2**16  # problems an epoch, unless data.options.size says otherwise
+
+
+def reasoning_source(task: str, options: dict[str, Any]) -> Source:
+    """Source of reasoning-gym data set `task`; options go to the data set's own config. Raises ConfigError.
+
+    Two options are read here: `size`, problems an epoch, and `question`, the metadata field that stands for the
+    question (chain_sum's "expression", say, for few-shot prompts), default the question as worded by the data set.
+    """
+    settings = {"seed": 0, "size": SIZE} | options
+    field = settings.pop("question", "question")
+    dataset = _create(task, settings)
+
+    def problem(index: int) -> Problem:
+        try:
+            entry = dataset[index]
+        except IndexError as error:
+            raise ConfigError(f"{task}: only {settings['size']} problems: raise data.options.size") from error
+        record = {"dataset": task, "entry": entry, "answer": str(entry["answer"])}
+        return Problem(f"{task}-{index}", _question(task, field, entry), record)
+
+    problem(0)
+    return Source(task, settings["size"], problem, finite=False, verifier="reasoning_gym")
+
+
+def _question(task: str, field: str, entry: dict[str, Any]) -> str:
+    fields = {"question": entry["question"], **entry["metadata"]}
+    if field not in fields:
+        raise ConfigError(f'data.options.question = "{field}": {task} has no such field; {nearest(field, fields)}')
+    return str(fields[field])
+
+
+def _create(task: str, settings: dict[str, Any]) -> Any:
+    datasets = _registry()
+    if task not in datasets:
+        raise ConfigError(f'data.task = "{task}" is no reasoning-gym data set; {nearest(task, datasets)}')
+    make, config = datasets[task]
+    fields = [f.name for f in dataclasses.fields(config)]
+    for name in settings:
+        if name not in fields:
+            raise ConfigError(f"data.options.{name}: unknown for {task}; {nearest(name, [*fields, 'question'])}")
+    try:
+        return make(config=config(**settings))
+    except (AssertionError, ValueError, TypeError) as error:  # what the data sets raise on a bad config
+        reason = str(error) or type(error).__name__
+        raise ConfigError(f"data.options = {settings}: {task} refuses them: {reason}") from error
+
+
+def _registry() -> dict[str, tuple[Any, Any]]:
+    # pycosat has no wheel and serves zebra puzzles alone, but reasoning_gym imports it at module level
+    try:
+        import pycosat
+    except ImportError:
+        pycosat = sys.modules["pycosat"] = types.ModuleType("pycosat")
+    if not hasattr(pycosat, "itersolve"):
+        pycosat.itersolve = pycosat.solve = _refuse_sat
+    from reasoning_gym.factory import DATASETS
+
+    return DATASETS
+
+
+def _refuse_sat(*_: Any, **__: Any) -> None:
+    raise ConfigError(
+        'data.task = "zebra_puzzles" needs the package pycosat, which is not installed: pip install pycosat (needs a C '
+        "compiler), or choose another task"
+    )
