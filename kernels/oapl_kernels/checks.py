@@ -1,5 +1,7 @@
 """Checks of arguments: every ValueError names the argument, its value and what is allowed."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -71,7 +73,7 @@ def check_offsets(name: str, offsets: Tensor, total: int, device: torch.device) 
     if not values or values[0] != 0 or values[-1] != total:
         ends = f"{values[0]} to {values[-1]}" if values else "nothing"
         raise ValueError(f"{name} runs from {ends}; allowed: from 0 to {total}, the length of what it divides")
-    for index, (before, after) in enumerate(zip(values, values[1:], strict=False)):
+    for index, (before, after) in enumerate(pairwise(values)):
         if after <= before:
             raise ValueError(f"{name}[{index + 1}] is {after} after {before}; allowed: strictly increasing offsets")
     return values

@@ -1,5 +1,6 @@
 """How the tokens of a packed batch are cut into chunks for the head."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ def plan_chunks(offsets: list[int], chunk_tokens: int) -> list[Chunk]:
         if length > chunk_tokens:
             pieces = -(-length // chunk_tokens)
             cuts = [start + length * index // pieces for index in range(pieces + 1)]
-            chunks += [Chunk(a, b, first, last, True) for a, b in zip(cuts, cuts[1:], strict=False)]
+            chunks += [Chunk(a, b, first, last, True) for a, b in pairwise(cuts)]
         else:
             while last < count and offsets[last + 1] - start <= chunk_tokens:
                 last += 1

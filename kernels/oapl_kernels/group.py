@@ -38,7 +38,7 @@ def group_advantage(reward: Tensor, cu_groups: Tensor, beta1: float, valid: Tens
 
 
 def grpo_advantage(reward: Tensor, cu_groups: Tensor, valid: Tensor | None = None, epsilon: float = 1e-6) -> Tensor:
-    """A [N] = (r - mean) / (std + epsilon) over each group's scored rollouts (GRPO, arXiv 2402.03300, section 4.1.2)."""
+    """A [N] = (r - mean) / (std + epsilon) over each group's scored rollouts (arXiv 2402.03300, section 4.1.2)."""
     centred = group_advantage(reward, cu_groups, float("inf"), valid)
     variance = group_value(centred.square(), cu_groups, float("inf"), valid)
     return centred / (variance.sqrt() + epsilon).repeat_interleave(cu_groups.diff().long(), output_size=len(reward))

@@ -15,11 +15,11 @@ from .vocabulary import Vocabulary
 class HeadOptions(NamedTuple):
     """What the public operations say about the head."""
 
-    temperature: float = 1.0
-    softcap: float | None = None
-    chunk_tokens: int | None = None
-    backend: str = "auto"
-    vocabulary: Vocabulary | None = None
+    temperature: float
+    softcap: float | None
+    chunk_tokens: int | None
+    backend: str
+    vocabulary: Vocabulary
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:

@@ -1,5 +1,7 @@
 """Per-token log-probs of a vocabulary head, chunk by chunk; the backward pass recomputes the logits."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,15 @@ from .vocabulary import Vocabulary
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, counted: Tensor, options):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        counted: Tensor,
+        options: HeadOptions,
+    ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(hidden)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         with torch.autocast(hidden.device.type, enabled=False):
@@ -29,7 +39,8 @@ class _LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, by_logprob: Tensor | None, by_entropy: Tensor | None):
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        by_logprob, by_entropy = upstream
         hidden, weight, bias, target, counted, stats = ctx.saved_tensors
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         head = Head(weight, bias, ctx.options, len(hidden))
@@ -44,7 +55,7 @@ class _LinearLogprob(torch.autograd.Function):
             logits = head.logits(hidden[rows])
             by_row = None if entropy_coefficient is None else entropy_coefficient[rows]
             grad = head.gradient(logits, target[rows], stats[:, rows], coefficient[rows], by_row)
-            if want_hidden:
+            if hidden_sum is not None:
                 hidden_product(grad, weight, hidden_sum[rows])
             if want_weight or want_bias:
                 main.add(grad, hidden[rows])

@@ -73,26 +73,26 @@ class WeightGradient:
             sums = grad.sum(0, dtype=self.bias.dtype)
             self.bias.copy_(sums) if self.empty else self.bias.add_(sums)
         if self.weight is not None:
-            self._add_product(grad.t(), hidden)
+            self._add_product(self.weight, grad.t(), hidden)
         self.empty = False
 
-    def _add_product(self, grad: Tensor, hidden: Tensor) -> None:
+    def _add_product(self, into: Tensor, grad: Tensor, hidden: Tensor) -> None:
         keep = 0.0 if self.empty else 1.0
-        if grad.dtype == self.weight.dtype:
-            torch.addmm(self.weight, grad, hidden.to(grad.dtype), beta=keep, out=self.weight)
+        if grad.dtype == into.dtype:
+            torch.addmm(into, grad, hidden.to(grad.dtype), beta=keep, out=into)
         elif grad.is_cuda:
-            torch.addmm(self.weight, grad, hidden, out_dtype=self.weight.dtype, beta=keep, out=self.weight)
+            torch.addmm(into, grad, hidden, out_dtype=into.dtype, beta=keep, out=into)
         else:
             # No bf16 product with fp32 output on CPU: a kept temporary, added in fp32.
             if self._product is None:
-                self._product = scratch(*self.weight.shape, dtype=grad.dtype, device=grad.device)
+                self._product = scratch(*into.shape, dtype=grad.dtype, device=grad.device)
             torch.mm(grad, hidden, out=self._product)
-            self.weight.copy_(self._product) if self.empty else self.weight.add_(self._product)
+            into.copy_(self._product) if self.empty else into.add_(self._product)
 
     def add_scaled(self, other: "WeightGradient", scale: Tensor) -> None:
         """Add scale () times another gradient."""
         for mine, theirs in ((self.weight, other.weight), (self.bias, other.bias)):
-            if mine is None:
+            if mine is None or theirs is None:
                 continue
             torch.mul(theirs, scale, out=mine) if self.empty else mine.addcmul_(theirs, scale)
         self.empty = False

@@ -6,7 +6,7 @@ than a chunk whose coefficient is one scalar known at its end is deferred: its u
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,8 +94,8 @@ class _Deferred:
             scale = values.sum() / max(1, len(values))
             if len(values) and (values - scale).abs().max() > 1e-4 * values.abs().max():
                 raise ValueError(
-                    f"objective {name!r} has scope 'sequence' but its derivative varies from {float(values.min()):.3g} "
-                    f"to {float(values.max()):.3g} within a sequence of {len(coefficient)} tokens; allowed: one value a "
+                    f"objective {name!r} has scope 'sequence' but its derivative varies from "
+                    f"{float(values.min()):.3g} to {float(values.max()):.3g} within a sequence of {len(coefficient)} tokens; allowed: one value a "
                     f"sequence. Use scope 'token', or chunk_tokens >= {len(coefficient)}"
                 )
             main.add_scaled(self.sums, scale)
@@ -118,14 +118,15 @@ class _SinglePass:
     def __post_init__(self) -> None:
         self.functions = [fn for fn in (self.objective.fn, self.objective.token_fn) if fn is not None]
         # Until a token's chunk is done its log-prob holds a finite stand-in: see _token_piece.
-        self.logprob = torch.where(self.inputs.mask, self.inputs.behavior_logprob, 0).to(self.head.dtype)
+        self.trained = torch.as_tensor(self.inputs.mask)
+        self.logprob = torch.where(self.trained, self.inputs.behavior_logprob, 0).to(self.head.dtype)
         self.entropy = torch.zeros_like(self.logprob)
         self.loss = self.logprob.new_zeros(())
         self.want_weight = self.main.weight is not None or self.main.bias is not None
         self.differentiate = self.want_weight or self.hidden_gradient is not None
         self.entropy_row = None
         if self.entropy_coefficient:
-            self.entropy_row = self.inputs.mask.to(self.head.dtype) * (-self.entropy_coefficient / self.normalizer)
+            self.entropy_row = self.trained.to(self.head.dtype) * (-self.entropy_coefficient / self.normalizer)
         self.deferred: _Deferred | None = None
         self.spare: Tensor | None = None
 
@@ -145,10 +146,12 @@ class _SinglePass:
             self.loss += (self.entropy_row * self.entropy).sum()
         self.main.finish()
 
-    def _evaluate(self, functions: list[LossFunction], sequence: slice, part: PolicyInputs):
+    def _evaluate(
+        self, functions: list[LossFunction], sequence: slice, part: PolicyInputs
+    ) -> tuple[Tensor, Tensor | None]:
         loss, derivative = evaluate(functions, self.logprob[sequence], part, self.differentiate)
         if derivative is not None:
-            derivative = torch.where(part.mask, derivative, 0).to(self.head.dtype) / self.normalizer
+            derivative = torch.where(self.trained[sequence], derivative, 0).to(self.head.dtype) / self.normalizer
         return loss.to(self.head.dtype) / self.normalizer, derivative
 
     def _known(self, chunk: Chunk, sequence: slice, part: PolicyInputs, logits: Tensor, stats: Tensor) -> None:
@@ -165,16 +168,16 @@ class _SinglePass:
         place = slice(chunk.start - sequence.start, chunk.end - sequence.start)
         token_functions = self.functions[1:]
         if self.differentiate:
-            if chunk.start == sequence.start:
+            if self.deferred is None:
                 length = sequence.stop - sequence.start
                 self.deferred = _Deferred(self.head, length, self.main, self.hidden.shape[1])
             if token_functions or self.entropy_row is not None:
                 # What is known now (entropy, a KL penalty) needs gradient products of its own.
                 _, derivative = self._evaluate(token_functions, sequence, part)
-                self._products(chunk, self._copy(logits), stats, derivative[place])
+                self._products(chunk, self._copy(logits), stats, torch.as_tensor(derivative)[place])
             elif self.hidden_gradient is not None:
                 self.hidden_gradient[chunk.start : chunk.end].zero_()
-            ones = part.mask[place].to(self.head.dtype)
+            ones = self.trained[chunk.start : chunk.end].to(self.head.dtype)
             grad = self.head.gradient(logits, self.target[chunk.start : chunk.end], stats, ones, None)
             hidden = self.hidden[chunk.start : chunk.end]
             self.deferred.add(self.head, grad, hidden, place, self.hidden_gradient is not None)
@@ -184,9 +187,9 @@ class _SinglePass:
     def _close(self, sequence: slice, part: PolicyInputs, token_functions: list[LossFunction]) -> None:
         loss, derivative = self._evaluate([self.objective.fn], sequence, part)
         self.loss += loss + self._evaluate(token_functions, sequence, part)[0]
-        if derivative is None:
+        if derivative is None or self.deferred is None:
             return
-        self.deferred.close(derivative, part.mask, self.hidden[sequence], self.main, self.objective.name)
+        self.deferred.close(derivative, self.trained[sequence], self.hidden[sequence], self.main, self.objective.name)
         if self.hidden_gradient is not None:
             own = self.hidden_gradient[sequence]
             own.copy_(own + self.deferred.hidden * derivative[:, None])
@@ -224,7 +227,9 @@ class _Call(NamedTuple):
 
 class _FusedPolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: "_Call"
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         dtype = compute_dtype(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -261,7 +266,8 @@ class _FusedPolicyLoss(torch.autograd.Function):
         return single.loss, logprob, entropy
 
     @staticmethod
-    def backward(ctx, upstream: Tensor | None, *_):
+    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
+        upstream = upstreams[0]
         if ctx.gradients is None:
             raise RuntimeError("the gradients of this fused_policy_loss were already handed out; call it again instead")
         gradients, ctx.gradients = ctx.gradients, None
@@ -370,7 +376,7 @@ def oapl_loss(
     beta2: float,
     normalizer: float | None = None,
     mask: Tensor | None = None,
-    **options,
+    **options: Any,
 ) -> PolicyLoss:
     """OAPL's loss, 1/N sum_i (beta2 * sum_t [ln pi - ln pi_vllm] - A_i)^2 (arXiv 2602.19362).
 

@@ -1,12 +1,14 @@
 """Sums over the sequences of a packed batch."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
 class _SequenceSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, token_values: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(ctx: Any, token_values: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> Tensor:
         ctx.save_for_backward(cu_seqlens, mask)
         ctx.tokens, ctx.dtype = len(token_values), token_values.dtype
         values = token_values if mask is None else torch.where(mask != 0, token_values, 0)
@@ -15,7 +17,7 @@ class _SequenceSum(torch.autograd.Function):
         return sums.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cu_seqlens, mask = ctx.saved_tensors
         spread = grad.repeat_interleave(cu_seqlens.diff().long(), output_size=ctx.tokens)
         spread = spread if mask is None else torch.where(mask != 0, spread, 0)

@@ -28,13 +28,19 @@ class PolicyInputs:
     mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
 
+    def offsets(self) -> Tensor:
+        """cu_seqlens, which must be there."""
+        if self.cu_seqlens is None:
+            raise ValueError("cu_seqlens is None; allowed: offsets [N+1], which fused_policy_loss fills in")
+        return self.cu_seqlens
+
     def per_token(self, values: Tensor) -> Tensor:
         """values [N] -> [T]: each sequence's value at each of its tokens."""
-        return values.repeat_interleave(self.cu_seqlens.diff(), output_size=len(self.behavior_logprob))
+        return values.repeat_interleave(self.offsets().diff(), output_size=len(self.behavior_logprob))
 
     def per_sequence(self, values: Tensor) -> Tensor:
         """values [T] -> [N]: sums over each sequence's trained tokens."""
-        return sequence_sum(values, self.cu_seqlens, self.mask)
+        return sequence_sum(values, self.offsets(), self.mask)
 
     def lengths(self) -> Tensor:
         """Trained tokens of each sequence [N], at least 1 so that one can divide by it."""
@@ -58,7 +64,7 @@ class PolicyInputs:
             proximal_logprob=tokens(self.proximal_logprob),
             reference_logprob=tokens(self.reference_logprob),
             mask=tokens(self.mask),
-            cu_seqlens=self.cu_seqlens[start : end + 1] - first_token,
+            cu_seqlens=self.offsets()[start : end + 1] - first_token,
         )
 
 
