@@ -102,13 +102,15 @@ def pip(arguments, what):
 
 def reason(log):
     """What went wrong in the words of someone who can mend it."""
-    offline = ("NewConnectionError", "Temporary failure in name resolution", "ConnectTimeoutError", "ProxyError")
-    if any(word in log for word in offline):
-        return "no package index answered. Is this machine offline? Connect it, or point pip at a mirror (PIP_INDEX_URL)"
-    if "No matching distribution found for torch" in log:
+    if "No matching distribution found for torch" in log and "(from versions: none)" not in log:
         return (
             "your package index has no CPU build of torch (2.13.0+cpu): add PyTorch's index of CPU wheels, named on its "
             "'Get Started' page, with PIP_EXTRA_INDEX_URL"
+        )
+    offline = ("NewConnectionError", "name resolution", "ConnectTimeoutError", "ProxyError", "(from versions: none)")
+    if any(word in log for word in offline):
+        return (
+            "no package index answered. Is this machine offline? Connect it, or point pip at a mirror (PIP_INDEX_URL)"
         )
     if "No space left on device" in log:
         return "the disk is full"

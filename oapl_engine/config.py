@@ -29,23 +29,30 @@ class ConfigError(ValueError):
 class Run:
     """Where a run lives and what makes it repeatable."""
 
-    dir: str = Field("", description='run directory; the same command again resumes it. Empty: "runs/" + recipe name')
-    seed: int = Field(0, ge=0, lt=2**31, description="seed of data order, sampling and initial state")
-    threads: int = Field(0, ge=0, description="torch threads of the trainer; 0: every core this process may use")
+    dir: str = Field(
+        default="", description='run directory; the same command again resumes it. Empty: "runs/" + recipe name'
+    )
+    seed: int = Field(default=0, ge=0, lt=2**31, description="seed of data order, sampling and initial state")
+    threads: int = Field(
+        default=0, ge=0, description="torch threads of the trainer; 0: every core this process may use"
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
 class Model:
     """The policy: any transformers causal LM."""
 
-    path: str = Field("", description="folder in Hugging Face layout, or hub name; required")
+    path: str = Field(default="", description="folder in Hugging Face layout, or hub name; required")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="dtype of the master weights; float32 keeps small updates from rounding away"
+        default="float32", description="dtype of the master weights; float32 keeps small updates from rounding away"
     )
     attention: Literal["auto", "sdpa", "flash"] = Field(
-        "auto", description="packed attention; auto: flash-attn or torch varlen on CUDA, SDPA per segment on CPU"
+        default="auto",
+        description="packed attention; auto: flash-attn or torch varlen on CUDA, SDPA per segment on CPU",
     )
-    lora_rank: int = Field(0, ge=0, description="rank of LoRA adapters on all linear layers; 0: full fine-tuning")
+    lora_rank: int = Field(
+        default=0, ge=0, description="rank of LoRA adapters on all linear layers; 0: full fine-tuning"
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -53,38 +60,50 @@ class Data:
     """Where prompts come from. In offline mode: the file of rollouts to train on."""
 
     source: Literal["micro", "reasoning_gym", "jsonl", "parquet", "hf"] = Field(
-        "reasoning_gym", description="micro: generated sort / addition; parquet and jsonl hold rollouts in offline mode"
+        default="reasoning_gym",
+        description="micro: generated sort / addition; parquet and jsonl hold rollouts in offline mode",
     )
-    task: str = Field("", description="task name within the source (reasoning-gym data set, micro task, hub data set)")
-    path: str = Field("", description="file for jsonl and parquet")
+    task: str = Field(
+        default="", description="task name within the source (reasoning-gym data set, micro task, hub data set)"
+    )
+    path: str = Field(default="", description="file for jsonl and parquet")
     options: dict[str, Any] = Field(default_factory=dict, description="passed to the task (size, difficulty, …)")
     template: str = Field(
-        "chat", description='"chat": the tokenizer\'s chat template; "raw": the question; else text with {question}'
+        default="chat",
+        description='"chat": the tokenizer\'s chat template; "raw": the question; else text with {question}',
     )
-    system: str = Field("", description="system message of the chat template; empty: none")
-    max_prompt_tokens: int = Field(512, ge=1, description="tokens; longer prompts are dropped by rule and listed")
-    held_out: int = Field(64, ge=0, description="problems kept out of training for evaluation, disjoint by text")
+    system: str = Field(default="", description="system message of the chat template; empty: none")
+    max_prompt_tokens: int = Field(
+        default=512, ge=1, description="tokens; longer prompts are dropped by rule and listed"
+    )
+    held_out: int = Field(
+        default=64, ge=0, description="problems kept out of training for evaluation, disjoint by text"
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
 class Reward:
     """How a response is scored. Verifiers run in workers that can be killed."""
 
-    name: str = Field("", description="exact | math | reasoning_gym | code; empty: the one of the data source")
+    name: str = Field(default="", description="exact | math | reasoning_gym | code; empty: the one of the data source")
     options: dict[str, Any] = Field(default_factory=dict, description="passed to the verifier")
-    timeout_seconds: float = Field(10.0, gt=0, allow_inf_nan=False, description="seconds for one verdict, then invalid")
-    memory_mb: int = Field(1024, ge=64, description="MiB of address space a worker may add, then invalid")
-    workers: int = Field(1, ge=1, description="verifier processes on this host")
+    timeout_seconds: float = Field(
+        default=10.0, gt=0, allow_inf_nan=False, description="seconds for one verdict, then invalid"
+    )
+    memory_mb: int = Field(default=1024, ge=64, description="MiB of address space a worker may add, then invalid")
+    workers: int = Field(default=1, ge=1, description="verifier processes on this host")
 
 
 @dataclass(frozen=True, config=STRICT)
 class Sampling:
     """How responses are drawn. Off-policy training wants the whole distribution: top_p = 1, top_k off."""
 
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="softmax temperature, also of the loss")
-    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False, description="nucleus mass; 1: off")
-    top_k: int = Field(0, ge=0, description="candidates kept; 0: off")
-    max_new_tokens: int = Field(256, ge=1, description="tokens of a response, the stop token included")
+    temperature: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="softmax temperature, also of the loss"
+    )
+    top_p: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False, description="nucleus mass; 1: off")
+    top_k: int = Field(default=0, ge=0, description="candidates kept; 0: off")
+    max_new_tokens: int = Field(default=256, ge=1, description="tokens of a response, the stop token included")
     stop_token_ids: list[int] = Field(default_factory=list, description="token ids that end a response; empty: eos")
 
 
@@ -92,13 +111,17 @@ class Sampling:
 class RolloutSection:
     """The engines that generate."""
 
-    engines: int = Field(1, ge=1, description="vLLM engines owned by this run")
-    tensor_parallel: int = Field(1, ge=1, description="devices (CPU: processes) an engine is split over")
-    engine_dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: the model's dtype")
+    engines: int = Field(default=1, ge=1, description="vLLM engines owned by this run")
+    tensor_parallel: int = Field(default=1, ge=1, description="devices (CPU: processes) an engine is split over")
+    engine_dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto: the model's dtype")
     memory_share: float = Field(
-        0.85, gt=0, lt=1, allow_inf_nan=False, description="share of a GPU the engine may use; CPU: see kv_cache_mb"
+        default=0.85,
+        gt=0,
+        lt=1,
+        allow_inf_nan=False,
+        description="share of a GPU the engine may use; CPU: see kv_cache_mb",
     )
-    kv_cache_mb: int = Field(1024, ge=64, description="MiB of KV cache on CPU (vLLM rounds up to GiB)")
+    kv_cache_mb: int = Field(default=1024, ge=64, description="MiB of KV cache on CPU (vLLM rounds up to GiB)")
     urls: list[str] = Field(default_factory=list, description="engines that run already and are not owned by this run")
 
 
@@ -107,45 +130,58 @@ class Schedule:
     """Algorithm 1: when to generate, train and publish."""
 
     mode: Literal["sync", "phased", "async", "offline"] = Field(
-        "phased", description="phased alternates on one device; async overlaps; offline reads finished rollouts"
+        default="phased", description="phased alternates on one device; async overlaps; offline reads finished rollouts"
     )
-    steps: int = Field(100, ge=1, description="optimizer steps of the whole run")
-    groups_per_step: int = Field(8, ge=1, description="groups (prompts) in an optimizer step")
-    group_size: int = Field(8, ge=1, description="G, rollouts a prompt; 2 or more for a group baseline")
-    lag: int = Field(16, ge=1, description="L, optimizer steps between publishes; sync means 1")
+    steps: int = Field(default=100, ge=1, description="optimizer steps of the whole run")
+    groups_per_step: int = Field(default=8, ge=1, description="groups (prompts) in an optimizer step")
+    group_size: int = Field(default=8, ge=1, description="G, rollouts a prompt; 2 or more for a group baseline")
+    lag: int = Field(default=16, ge=1, description="L, optimizer steps between publishes; sync means 1")
     max_kl: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="publish early past this KL, nats a token"
+        default=None, gt=0, allow_inf_nan=False, description="publish early past this KL, nats a token"
     )
-    on_publish: Literal["drain", "abort", "keep"] = Field("drain", description="what happens to groups in flight")
-    window: int = Field(0, ge=0, description="policy versions kept for training; 0: 1, or 2 in async")
-    credit: int = Field(0, ge=0, description="groups generated ahead of training at most; 0: lag x groups_per_step")
-    allowance: int = Field(1, ge=1, description="optimizer steps that may use one rollout (epochs in offline mode)")
+    on_publish: Literal["drain", "abort", "keep"] = Field(
+        default="drain", description="what happens to groups in flight"
+    )
+    window: int = Field(default=0, ge=0, description="policy versions kept for training; 0: 1, or 2 in async")
+    credit: int = Field(
+        default=0, ge=0, description="groups generated ahead of training at most; 0: lag x groups_per_step"
+    )
+    allowance: int = Field(
+        default=1, ge=1, description="optimizer steps that may use one rollout (epochs in offline mode)"
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
 class ObjectiveSection:
     """The loss on log-probs; see oapl_kernels.objectives."""
 
-    name: str = Field("oapl", description="oapl | grpo | … (oapl_kernels.objectives.names())")
-    beta1: float = Field(1.0, gt=0, description="temperature of the group value, reward units; inf: the group mean")
+    name: str = Field(default="oapl", description="oapl | grpo | … (oapl_kernels.objectives.names())")
+    beta1: float = Field(
+        default=1.0, gt=0, description="temperature of the group value, reward units; inf: the group mean"
+    )
     beta2: float = Field(
-        1e-3,
+        default=1e-3,
         gt=0,
         allow_inf_nan=False,
         description="weight of the log-ratio; 1e-3 for long, about 0.1 for short answers",
     )
     scale_free_nats: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="choose beta2 each step so that rms(A)/beta2 is this many nats"
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="choose beta2 each step so that rms(A)/beta2 is this many nats",
     )
     equal_groups: Literal["drop", "keep", "subsample"] = Field(
-        "drop", description="groups whose rewards are all equal carry no signal about the answer"
+        default="drop", description="groups whose rewards are all equal carry no signal about the answer"
     )
     overlong: Literal["as_scored", "excluded", "soft"] = Field(
-        "as_scored", description="responses cut at max_new_tokens; soft: linear penalty over the last fifth"
+        default="as_scored", description="responses cut at max_new_tokens; soft: linear penalty over the last fifth"
     )
-    behavior: Literal["engine", "recomputed"] = Field("engine", description="whose log-probs stand for π_vllm")
-    entropy_coefficient: float = Field(0.0, allow_inf_nan=False, description="bonus on the entropy, nats")
-    reference_coefficient: float = Field(0.0, ge=0, allow_inf_nan=False, description="weight of KL to the start model")
+    behavior: Literal["engine", "recomputed"] = Field(default="engine", description="whose log-probs stand for π_vllm")
+    entropy_coefficient: float = Field(default=0.0, allow_inf_nan=False, description="bonus on the entropy, nats")
+    reference_coefficient: float = Field(
+        default=0.0, ge=0, allow_inf_nan=False, description="weight of KL to the start model"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="the objective's own switches (clip_low, …)")
 
 
@@ -153,113 +189,133 @@ class ObjectiveSection:
 class Train:
     """How a step is computed; changes speed and memory, not the mathematics."""
 
-    token_budget: int = Field(8192, ge=1, description="packed tokens a micro-batch; a longer group goes alone")
-    share_prompts: bool = Field(True, description="compute a group's prompt once; exact")
-    checkpoint_activations: bool = Field(False, description="recompute activations in backward: less memory, slower")
-    compile: bool = Field(False, description="torch.compile the model's layers")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="matmul precision; auto: bfloat16 where the device has it in hardware, else float32"
+    token_budget: int = Field(default=8192, ge=1, description="packed tokens a micro-batch; a longer group goes alone")
+    share_prompts: bool = Field(default=True, description="compute a group's prompt once; exact")
+    checkpoint_activations: bool = Field(
+        default=False, description="recompute activations in backward: less memory, slower"
     )
-    nonfinite: Literal["stop", "skip"] = Field("stop", description="what a NaN or Inf in loss or gradient does")
+    compile: bool = Field(default=False, description="torch.compile the model's layers")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="matmul precision; auto: bfloat16 where the device has it in hardware, else float32"
+    )
+    nonfinite: Literal["stop", "skip"] = Field(default="stop", description="what a NaN or Inf in loss or gradient does")
 
 
 @dataclass(frozen=True, config=STRICT)
 class Optimizer:
     """AdamW, decoupled weight decay, linear warm-up, cosine decay."""
 
-    learning_rate: float = Field(1e-6, gt=0, allow_inf_nan=False, description="peak; 1e-6 at billions, 3e-4 micro")
-    beta1: float = Field(0.9, ge=0, lt=1, allow_inf_nan=False, description="decay of the first moment")
-    beta2: float = Field(0.95, ge=0, lt=1, allow_inf_nan=False, description="decay of the second moment (paper: .95)")
-    epsilon: float = Field(1e-10, gt=0, allow_inf_nan=False, description="denominator floor (paper: 1e-10)")
-    weight_decay: float = Field(1e-8, ge=0, allow_inf_nan=False, description="decoupled decay (paper: 1e-8)")
-    warmup_share: float = Field(0.02, ge=0, le=1, allow_inf_nan=False, description="share of steps of linear warm-up")
-    decay_to: float = Field(0.05, ge=0, le=1, allow_inf_nan=False, description="final share of the peak; 1: constant")
-    clip_norm: float = Field(1.0, gt=0, description="largest global gradient norm; inf: off")
+    learning_rate: float = Field(
+        default=1e-6, gt=0, allow_inf_nan=False, description="peak; 1e-6 at billions, 3e-4 micro"
+    )
+    beta1: float = Field(default=0.9, ge=0, lt=1, allow_inf_nan=False, description="decay of the first moment")
+    beta2: float = Field(
+        default=0.95, ge=0, lt=1, allow_inf_nan=False, description="decay of the second moment (paper: .95)"
+    )
+    epsilon: float = Field(default=1e-10, gt=0, allow_inf_nan=False, description="denominator floor (paper: 1e-10)")
+    weight_decay: float = Field(default=1e-8, ge=0, allow_inf_nan=False, description="decoupled decay (paper: 1e-8)")
+    warmup_share: float = Field(
+        default=0.02, ge=0, le=1, allow_inf_nan=False, description="share of steps of linear warm-up"
+    )
+    decay_to: float = Field(
+        default=0.05, ge=0, le=1, allow_inf_nan=False, description="final share of the peak; 1: constant"
+    )
+    clip_norm: float = Field(default=1.0, gt=0, description="largest global gradient norm; inf: off")
 
 
 @dataclass(frozen=True, config=STRICT)
 class Weights:
     """Trainer to live engines."""
 
-    transport: Literal["auto", "memfd", "cuda_ipc", "nccl", "file"] = Field("auto", description="auto: by device")
-    bucket_mb: int = Field(64, ge=1, description="MiB of one of the two transfer buckets")
-    golden_prompts: int = Field(4, ge=1, description="prompts whose log-probs attest that the new weights are used")
+    transport: Literal["auto", "memfd", "cuda_ipc", "nccl", "file"] = Field(
+        default="auto", description="auto: by device"
+    )
+    bucket_mb: int = Field(default=64, ge=1, description="MiB of one of the two transfer buckets")
+    golden_prompts: int = Field(
+        default=4, ge=1, description="prompts whose log-probs attest that the new weights are used"
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
 class CheckpointSection:
     """What survives a kill."""
 
-    every: int = Field(0, ge=0, description="steps between checkpoints; 0: at each publish and at the end")
-    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    every: int = Field(default=0, ge=0, description="steps between checkpoints; 0: at each publish and at the end")
+    keep: int = Field(default=2, ge=1, description="newest checkpoints kept")
 
 
 @dataclass(frozen=True, config=STRICT)
 class Evaluation:
     """Held-out pass@k by the engine, before and after training and in between."""
 
-    every: int = Field(0, ge=0, description="steps between evaluations (at publishes); 0: only before and after")
-    task: str = Field("", description="other task of the same source; empty: the training task's held-out problems")
-    n: int = Field(4, ge=0, description="samples a problem; 0: no evaluation")
+    every: int = Field(
+        default=0, ge=0, description="steps between evaluations (at publishes); 0: only before and after"
+    )
+    task: str = Field(
+        default="", description="other task of the same source; empty: the training task's held-out problems"
+    )
+    n: int = Field(default=4, ge=0, description="samples a problem; 0: no evaluation")
     k: list[int] = Field(default_factory=lambda: [1], description="k of pass@k, each at most n")
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="sampling temperature")
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="sampling temperature")
 
 
 @dataclass(frozen=True, config=STRICT)
 class Report:
     """Besides metrics.jsonl, which is always written."""
 
-    tensorboard: bool = Field(False, description="also write TensorBoard events (needs the tensorboard package)")
-    wandb: str = Field("", description="also log to this Weights & Biases project (needs the wandb package)")
+    tensorboard: bool = Field(
+        default=False, description="also write TensorBoard events (needs the tensorboard package)"
+    )
+    wandb: str = Field(default="", description="also log to this Weights & Biases project (needs the wandb package)")
 
 
 @dataclass(frozen=True, config=STRICT)
 class Recipe:
     """One run of `torchrun -m oapl_engine.train`."""
 
-    run: Run = Field(default_factory=Run)
-    model: Model = Field(default_factory=Model)
-    data: Data = Field(default_factory=Data)
-    reward: Reward = Field(default_factory=Reward)
-    sampling: Sampling = Field(default_factory=Sampling)
-    rollout: RolloutSection = Field(default_factory=RolloutSection)
-    schedule: Schedule = Field(default_factory=Schedule)
-    objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
-    train: Train = Field(default_factory=Train)
-    optimizer: Optimizer = Field(default_factory=Optimizer)
-    weights: Weights = Field(default_factory=Weights)
-    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
-    evaluation: Evaluation = Field(default_factory=Evaluation)
-    report: Report = Field(default_factory=Report)
+    run: Run = dataclasses.field(default_factory=Run)
+    model: Model = dataclasses.field(default_factory=Model)
+    data: Data = dataclasses.field(default_factory=Data)
+    reward: Reward = dataclasses.field(default_factory=Reward)
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    rollout: RolloutSection = dataclasses.field(default_factory=RolloutSection)
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    objective: ObjectiveSection = dataclasses.field(default_factory=ObjectiveSection)
+    train: Train = dataclasses.field(default_factory=Train)
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    weights: Weights = dataclasses.field(default_factory=Weights)
+    checkpoint: CheckpointSection = dataclasses.field(default_factory=CheckpointSection)
+    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+    report: Report = dataclasses.field(default_factory=Report)
 
 
 @dataclass(frozen=True, config=STRICT)
 class MicroModel:
     """The Llama that `oapl sft` makes from nothing."""
 
-    out: str = Field("", description="folder to write (Hugging Face layout); required")
-    hidden: int = Field(64, ge=32, description="hidden size")
-    layers: int = Field(3, ge=1, description="decoder layers")
-    heads: int = Field(2, ge=1, description="attention heads; vLLM's CPU attention wants head sizes from 32")
+    out: str = Field(default="", description="folder to write (Hugging Face layout); required")
+    hidden: int = Field(default=64, ge=32, description="hidden size")
+    layers: int = Field(default=3, ge=1, description="decoder layers")
+    heads: int = Field(default=2, ge=1, description="attention heads; vLLM's CPU attention wants head sizes from 32")
 
 
 @dataclass(frozen=True, config=STRICT)
 class SftTrain:
     """Supervised warm start."""
 
-    steps: int = Field(100, ge=1, description="optimizer steps")
-    batch_size: int = Field(64, ge=1, description="examples a step")
-    learning_rate: float = Field(3e-3, gt=0, allow_inf_nan=False, description="peak, linear decay to zero")
+    steps: int = Field(default=100, ge=1, description="optimizer steps")
+    batch_size: int = Field(default=64, ge=1, description="examples a step")
+    learning_rate: float = Field(default=3e-3, gt=0, allow_inf_nan=False, description="peak, linear decay to zero")
 
 
 @dataclass(frozen=True, config=STRICT)
 class SftRecipe:
     """One `oapl sft`: a micro model warmed up on generated examples."""
 
-    run: Run = Field(default_factory=Run)
-    model: MicroModel = Field(default_factory=MicroModel)
-    data: Data = Field(default_factory=lambda: Data(source="micro", task="sort"))
-    train: SftTrain = Field(default_factory=SftTrain)
+    run: Run = dataclasses.field(default_factory=Run)
+    model: MicroModel = dataclasses.field(default_factory=MicroModel)
+    data: Data = dataclasses.field(default_factory=lambda: Data(source="micro", task="sort"))
+    train: SftTrain = dataclasses.field(default_factory=SftTrain)
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:

@@ -57,7 +57,11 @@ class Journal:
 
     def dispose(self, keys: list[str], column: str) -> None:
         """Rollouts that will never be trained, and the rule."""
-        self._write("INSERT OR IGNORE INTO disposition VALUES (?, ?)", [(key, column) for key in keys])
+        self.dispose_each(dict.fromkeys(keys, column))
+
+    def dispose_each(self, columns: dict[str, str]) -> None:
+        """Rollout key to the column where its tokens end."""
+        self._write("INSERT OR IGNORE INTO disposition VALUES (?, ?)", list(columns.items()))
 
     def count_tokens(self, incarnation: int, column: str, n: int) -> None:
         """Tokens that an engine generated outside the log: evaluation; or its own total (column "engine")."""

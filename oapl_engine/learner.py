@@ -1,0 +1,169 @@
+"""The learning half of a run: carries out Train, Clear, Checkpoint, LoadTrainer and OffloadTrainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from oapl_engine.config import Recipe
+from oapl_engine.report.display import Display
+from oapl_engine.report.metrics import MetricsWriter
+from oapl_engine.report.stopwatch import Stopwatch
+from oapl_engine.rollout_log.journal import Journal
+from oapl_engine.rollout_log.ledger import ledger
+from oapl_engine.rollout_log.log import RolloutLog
+from oapl_engine.samples import Group
+from oapl_engine.scheduler import events as e
+from oapl_engine.trainer import checkpoint
+from oapl_engine.trainer.batch import StepData, build_step, with_behavior
+from oapl_engine.trainer.model import Policy, load_policy
+from oapl_engine.trainer.objective import make_objective, needs_proximal, normalizer
+from oapl_engine.trainer.optimizer import learning_rate
+from oapl_engine.trainer.score import score, scored_as
+from oapl_engine.trainer.step import StepResult, train_step
+
+
+@dataclass
+class Learner:
+    """Policy, optimizer and the files that make a step durable. `published` and `gap` are told by the generator."""
+
+    recipe: Recipe
+    run_dir: Path
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    log: RolloutLog
+    journal: Journal
+    metrics: MetricsWriter
+    display: Display
+    stopwatch: Stopwatch
+    step: int = 0
+    position: int = 0
+    version: int = 0
+    recorded_rewards: Mapping[str, NDArray[np.float64]] | None = None
+    gap: dict[str, float | None] = field(default_factory=dict)
+    counters: dict[str, int] = field(default_factory=dict)
+    reference: Policy | None = None
+    behavior: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+
+    def handlers(self) -> dict[type, Any]:
+        return {
+            e.Train: self.train,
+            e.Clear: self.clear,
+            e.Checkpoint: self.checkpoint,
+            e.LoadTrainer: self.load,
+            e.OffloadTrainer: lambda _: None,
+        }
+
+    def load(self, _: e.LoadTrainer) -> None:
+        """Before a window's first step, while π is still π_vllm: recompute behaviour log-probs if so configured."""
+        if self.recipe.objective.behavior == "recomputed":
+            self.behavior = self._recomputed()
+
+    def train(self, command: e.Train) -> e.StepDone:
+        """One optimizer step, journalled before and after."""
+        groups = with_behavior(self.log.groups(command.keys), self.behavior)
+        self.display.show_phase("train", f"on {len(groups)} groups")
+        self.journal.intent(command.step, self.version, command.keys, f"{torch.initial_seed()}")
+        with self.stopwatch.measure("train"):
+            data = build_step(groups, self.recipe.objective, self.recipe.sampling.max_new_tokens, self.recorded_rewards)
+            result = self._optimize(command.step, data)
+        self.step = command.step
+        self.journal.dispose_each({key: f"dropped:{rule}" for key, rule in data.dropped.items()})
+        if result is not None and not result.stepped:
+            self.journal.dispose_each(dict.fromkeys(data.keys, "dropped:nonfinite"))
+            self.display.say(f"step {command.step} skipped: {result.reason}")
+        used = list(data.keys) if result is not None and result.stepped else []
+        self.journal.done(command.step, self.version, command.keys, used, None)
+        self.display.show_step(self.metrics.write(self._row(groups, data, result)))
+        return e.StepDone(command.step)
+
+    def _optimize(self, step: int, data: StepData) -> StepResult | None:
+        """None where every group was dropped by rule: the step counts, the weights stay."""
+        if not data.items:
+            return None
+        r = self.recipe
+        objective = make_objective(r.objective, data.beta2)
+        batches = self.policy.batches(list(data.items), r.train.token_budget, r.train.share_prompts)
+        if needs_proximal(objective):
+            batches = scored_as("proximal_logprob", self.policy, batches, r.sampling.temperature)
+        if r.objective.reference_coefficient:
+            batches = scored_as("reference_logprob", self._reference(), batches, r.sampling.temperature)
+        return train_step(
+            self.policy,
+            self.optimizer,
+            batches,
+            objective,
+            learning_rate=learning_rate(r.optimizer, step - 1, r.schedule.steps),
+            normalizer=normalizer(r.objective, len(data.keys), data.tokens, r.sampling.max_new_tokens),
+            temperature=r.sampling.temperature,
+            clip_norm=r.optimizer.clip_norm,
+            entropy_coefficient=r.objective.entropy_coefficient,
+            beta2=data.beta2 if r.objective.name in ("oapl", "kimi") else None,
+            nonfinite=r.train.nonfinite,
+        )
+
+    def _reference(self) -> Policy:
+        if self.reference is None:
+            self.reference = load_policy(self.recipe.model, self.recipe.train)
+            self.reference.model.requires_grad_(False)
+        return self.reference
+
+    def _row(self, groups: list[Group], data: StepData, result: StepResult | None) -> dict[str, Any]:
+        step_of = dict(self.journal.versions())
+        lags = [self.step - 1 - step_of.get(g.version, 0) for g in groups]
+        return {
+            **data.metrics,
+            **(result.metrics if result else {}),
+            **self.gap,
+            **self.stopwatch.take(),
+            "step": self.step,
+            "policy_version": self.version,
+            "lag_min": min(lags),
+            "lag_mean": float(np.mean(lags)),
+            "lag_max": max(lags),
+            "tokens_generated": sum(n for _, _, n in self.log.tokens()),
+            "engine_tokens": self.counters.get("tokens_generated"),
+            "ledger": ledger(self.log, self.journal, self.counters.get("tokens_generated")),
+            "beta2": data.beta2,
+            "learning_rate": learning_rate(self.recipe.optimizer, self.step - 1, self.recipe.schedule.steps),
+        }
+
+    def clear(self, command: e.Clear) -> None:
+        keys = [r.key for group in self.log.groups(command.keys) for r in group.rollouts if r.status == "scored"]
+        self.journal.dispose(keys, "cleared")
+
+    def checkpoint(self, command: e.Checkpoint) -> e.CheckpointDone:
+        self.display.show_phase("checkpoint", f"step {command.step}")
+        extra = {"position": self.position, "version": self.version}
+        checkpoint.save(
+            self.run_dir / "checkpoints", command.step, self.policy, self.optimizer, extra, self.recipe.checkpoint.keep
+        )
+        return e.CheckpointDone(command.step)
+
+    def _recomputed(self) -> dict[str, NDArray[np.float32]]:
+        """Log-probs of all waiting rollouts under π, kept on disk: after a kill π is no longer π_vllm."""
+        path = self.run_dir / "behavior" / f"step_{self.step:06d}.npz"
+        if path.exists():
+            with np.load(path, allow_pickle=False) as stored:
+                return dict(stored)
+        used = self.journal.uses()
+        groups = [g for g in map(self.log.group, self.log.group_keys()) if not any(r.key in used for r in g.rollouts)]
+        r = self.recipe
+        self.display.show_phase("rescore", f"{len(groups)} groups")
+        logprobs = score(
+            self.policy,
+            groups,
+            temperature=r.sampling.temperature,
+            token_budget=r.train.token_budget,
+            share_prompts=r.train.share_prompts,
+        )
+        path.parent.mkdir(exist_ok=True)
+        np.savez(path.with_suffix(".tmp.npz"), **logprobs)  # type: ignore[arg-type]
+        path.with_suffix(".tmp.npz").rename(path)
+        return logprobs

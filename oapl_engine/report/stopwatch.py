@@ -1,0 +1,36 @@
+"""Seconds by activity between two optimizer steps: the seconds_* of metrics.jsonl."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Stopwatch:
+    """Adds up wall-clock seconds by name until they are taken."""
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._last = time.monotonic()
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(name, time.monotonic() - started)
+
+    def add(self, name: str, seconds: float) -> None:
+        self._seconds[name] += seconds
+
+    def take(self) -> dict[str, float]:
+        """Seconds since the last take, `seconds_{name}`, with what nothing measured as idle; then starts from zero."""
+        now = time.monotonic()
+        total, self._last = now - self._last, now
+        taken = {f"seconds_{name}": seconds for name, seconds in self._seconds.items()}
+        idle = max(0.0, total - sum(self._seconds.values()))
+        self._seconds.clear()
+        return {**taken, "seconds_idle": idle, "seconds_total": total}
