@@ -1,0 +1,176 @@
+"""Collector: prompts in, verified groups out. Its event loop runs on a thread of its own, so training never waits."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oapl_engine.inference.client import EngineClient, EngineLost
+from oapl_engine.inference.protocol import Sample, Sampling
+from oapl_engine.samples import Group, Prompt, Rollout, Span, rollout_key
+
+T = TypeVar("T")
+
+
+class Verdict(Protocol):
+    """What `verify` returns (rewards.Verdict is one). status: "scored" | "invalid" | "error"."""
+
+    @property
+    def status(self) -> str: ...
+    @property
+    def reward(self) -> float | None: ...
+    @property
+    def detail(self) -> dict[str, Any]: ...
+
+
+Verify = Callable[[Prompt, NDArray[np.int32]], Awaitable[Verdict]]
+
+
+class Collector:
+    """Generates groups on one engine and has each sample verified as soon as it is finished.
+
+    verify(prompt, response_token_ids [R] i32) runs in the collector's loop; on_group(group) is called on its thread and
+    must be thread-safe and quick. What goes wrong in either goes to on_failure(error), called on that thread too, and is
+    raised by the next submit, call or close.
+    Sample by sample: aborted samples get status "aborted", those of an engine that died "lost", neither is verified.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        verify: Verify,
+        on_group: Callable[[Group], None],
+        on_failure: Callable[[BaseException], None] = lambda error: None,
+    ) -> None:
+        self.client = client
+        self._verify = verify
+        self._on_group = on_group
+        self._on_failure = on_failure
+        self._failure: BaseException | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="collector", daemon=True)
+        self._thread.start()
+
+    def attach(self, client: EngineClient) -> None:
+        """Use this client from now on: after Engine.restart()."""
+        self.client = client
+
+    def submit(self, prompt: Prompt, group_id: str, group_size: int, sampling: Sampling) -> None:
+        """Generate group_size rollouts of a prompt; returns at once, the group arrives at on_group."""
+        self._raise_failure()
+        self.loop.call_soon_threadsafe(self._start, prompt, group_id, group_size, sampling)
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine of the client (pause, resume, transfer, score, …) in the loop; returns what it returns."""
+        self._raise_failure(coroutine)
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+
+    def generate_many(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[list[Sample]]:
+        """n samples of every prompt, in order of prompt and sample index. For evaluation. Raises EngineLost."""
+        return self.call(self._generate_many(prompts, n, sampling))
+
+    def close(self) -> None:
+        """Drop what is in flight and end the thread."""
+        if self._thread.is_alive():
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join()
+        self._raise_failure()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+        pending = asyncio.all_tasks(self.loop)
+        for task in pending:
+            task.cancel()
+        self.loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+        self.loop.close()
+
+    def _start(self, *arguments: Any) -> None:
+        task = self.loop.create_task(self._group(*arguments))
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error:
+            self._failure = error
+            self._on_failure(error)
+
+    def _raise_failure(self, unused: Coroutine[Any, Any, Any] | None = None) -> None:
+        failure, self._failure = self._failure, None
+        if failure:
+            if unused:
+                unused.close()
+            raise failure
+
+    async def _group(self, prompt: Prompt, group_id: str, group_size: int, sampling: Sampling) -> None:
+        begin = time.time_ns()
+        lost = [_lost(prompt, group_id, i, begin) for i in range(group_size)]
+        finishing: dict[int, asyncio.Task[Rollout]] = {}
+        try:
+            async for sample in self.client.generate(prompt.token_ids, group_size, sampling):
+                finished = self._finish(prompt, group_id, sample, begin)
+                finishing[sample.index] = asyncio.create_task(finished)
+        except EngineLost:
+            pass  # samples that did not arrive stay "lost"; the supervisor reports the engine
+        rollouts = [await finishing[i] if i in finishing else lost[i] for i in range(group_size)]
+        versions = [s.version for r in rollouts for s in r.spans]
+        self._on_group(Group(group_id, prompt, tuple(rollouts), min(versions, default=-1)))
+
+    async def _finish(self, prompt: Prompt, group_id: str, sample: Sample, begin: int) -> Rollout:
+        rollout = to_rollout(prompt, group_id, sample, begin, time.time_ns())
+        if sample.finish == "abort":
+            return rollout
+        verdict = await self._verify(prompt, rollout.response_ids)
+        reward, detail = verdict.reward, verdict.detail
+        if verdict.status != "scored":
+            return dataclasses.replace(rollout, status="invalid", reward_detail=detail)
+        if reward is None or not math.isfinite(reward):
+            detail = {**detail, "error": f"reward {reward} is not a finite number"}
+            return dataclasses.replace(rollout, status="invalid", reward_detail=detail)
+        return dataclasses.replace(rollout, status="scored", reward=float(reward), reward_detail=detail)
+
+    async def _generate_many(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[list[Sample]]:
+        return list(await asyncio.gather(*(self._generate(p, n, sampling) for p in prompts)))
+
+    async def _generate(self, prompt: Prompt, n: int, sampling: Sampling) -> list[Sample]:
+        samples = [s async for s in self.client.generate(prompt.token_ids, n, sampling)]
+        return sorted(samples, key=lambda s: s.index)
+
+
+def to_rollout(prompt: Prompt, group_id: str, sample: Sample, started_ns: int, finished_ns: int) -> Rollout:
+    """An unverified Rollout (status "aborted", reward None) of a finished sample."""
+    response = np.frombuffer(sample.token_ids, "<i4")
+    zeros = np.zeros(len(prompt.token_ids), np.float32)
+    mask = np.concatenate([zeros, np.ones(len(response))]).astype(np.uint8)
+    return Rollout(
+        key=rollout_key(group_id, sample.index),
+        prompt_id=prompt.id,
+        group=group_id,
+        sample=sample.index,
+        task=prompt.task,
+        token_ids=np.concatenate([prompt.token_ids, response]).astype(np.int32),
+        prompt_length=len(prompt.token_ids),
+        loss_mask=mask,
+        behavior_logprob=np.concatenate([zeros, np.frombuffer(sample.logprobs, "<f4")]),
+        spans=tuple(Span(*s) for s in sample.spans),
+        finish=sample.finish,
+        status="aborted",
+        started_ns=started_ns,
+        finished_ns=finished_ns,
+    )
+
+
+def _lost(prompt: Prompt, group_id: str, index: int, started_ns: int) -> Rollout:
+    nothing = Sample(index, b"", b"", "abort", ())
+    return dataclasses.replace(to_rollout(prompt, group_id, nothing, started_ns, started_ns), status="lost")

@@ -1,0 +1,221 @@
+"""Starts, watches, restarts and stops engine processes. Blocking; safe to use from any thread."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from oapl_engine.inference import protocol
+from oapl_engine.inference.client import EngineClient
+from oapl_engine.inference.protocol import Reply
+
+STOP_SECONDS = 10.0
+LOG_TAIL = 30  # lines of the engine's log that an error shows
+FOLDER_PREFIX = "oapl-engine-"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine is started with. All values are plain, they travel as JSON.
+
+    model: folder in Hugging Face layout; dtype: "float32" | "bfloat16"; tensor_parallel: devices (CPU: processes);
+    max_model_len: tokens, prompt and response; max_num_seqs: samples that run at once; kv_cache_mb: MiB of KV cache on
+    CPU; memory_share: of a GPU's memory; seed: of generation; threads: OpenMP threads on CPU (0: one a core); cores: CPU
+    core ids to stay on (empty: all); incarnation: counts restarts; version: policy version of the weights in `model`;
+    weight_backend, worker_extension: the plugin that takes weight updates ("" for an engine with fixed weights).
+    """
+
+    model: str
+    dtype: str = "float32"
+    tensor_parallel: int = 1
+    max_model_len: int = 1024
+    max_num_seqs: int = 256
+    kv_cache_mb: int = 1024
+    memory_share: float = 0.85
+    seed: int = 0
+    threads: int = 0
+    cores: tuple[int, ...] = ()
+    incarnation: int = 0
+    version: int = 0
+    weight_backend: str = "oapl"
+    worker_extension: str = "oapl_engine.weights.receiver.extension.WeightReport"
+
+
+class EngineStartError(RuntimeError):
+    """The engine process ended, or said nothing, before it was ready. Shows the end of its log."""
+
+
+class Engine:
+    """One engine process that we own. client: its EngineClient, replaced by restart()."""
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        log_path: str | Path,
+        on_lost: Callable[[Engine], None] | None = None,
+        start_seconds: float = 600.0,
+    ) -> None:
+        self.options = options
+        self.log_path = Path(log_path)
+        self.start_seconds = start_seconds
+        self.lost = threading.Event()
+        self._on_lost = on_lost
+        self._start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def stop(self) -> None:
+        """End the process and all that belongs to it, within STOP_SECONDS. Calling it again does nothing."""
+        self._stopping = True
+        with contextlib.suppress(OSError):  # already closed: the engine is gone
+            self._socket.shutdown(socket.SHUT_RDWR)
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._clean_up()
+        self._watch.join()
+
+    def restart(self) -> None:
+        """A fresh process, incarnation + 1, with the weights of options.model: publish before it may serve a newer
+        version. `client` is a new object afterwards."""
+        self.stop()
+        self.options = dataclasses.replace(self.options, incarnation=self.options.incarnation + 1)
+        self._start()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _start(self) -> None:
+        reclaim_folders()
+        self._stopping = False
+        self.lost.clear()
+        self._folder = tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-")
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            self._process = self._spawn(theirs.fileno())
+        self._watch = threading.Thread(target=self._wait_for_end, name="watch-engine", daemon=True)
+        self._watch.start()
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        self.client = EngineClient(self._socket.dup(), self.options.incarnation)
+
+    def _spawn(self, fd: int) -> subprocess.Popen[bytes]:
+        options = dataclasses.asdict(self.options) | {"socket": fd, "owner": os.getpid(), "folder": self._folder}
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log_path, "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "oapl_engine.inference.engine_process", json.dumps(options)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | openmp_environment(self.options.threads),
+                pass_fds=[fd],
+                start_new_session=True,
+            )
+
+    def _wait_until_ready(self) -> None:
+        self._socket.settimeout(self.start_seconds)
+        begin = time.monotonic()
+        try:
+            head = self._socket.recv(protocol.LENGTH.size, socket.MSG_WAITALL)
+            body = self._socket.recv(protocol.LENGTH.unpack(head)[0], socket.MSG_WAITALL) if head else b""
+        except TimeoutError as error:
+            raise EngineStartError(self._failure(f"did not get ready in {time.monotonic() - begin:.0f} s")) from error
+        if not body:
+            raise EngineStartError(self._failure("ended while it started"))
+        msgspec.msgpack.decode(body, type=Reply)
+        self._socket.settimeout(None)
+
+    def _failure(self, what: str) -> str:
+        tail = "\n".join(self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL:])
+        return f"the engine for {self.options.model} {what}; the end of {self.log_path}:\n{tail}"
+
+    def _wait_for_end(self) -> None:
+        self._process.wait()
+        if not self._stopping:
+            self._clean_up()
+            self.lost.set()
+            if self._on_lost:
+                self._on_lost(self)
+
+    def _clean_up(self) -> None:
+        """Whoever is left in the engine's session (workers of a killed engine), and its folder."""
+        kill_session(self._process.pid)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def start_engine(
+    options: EngineOptions,
+    log_path: str | Path,
+    on_lost: Callable[[Engine], None] | None = None,
+    start_seconds: float = 600.0,
+) -> Engine:
+    """Start an engine process and wait until it serves. Its log is appended to log_path.
+
+    on_lost(engine) is called on a thread of its own when the process ends without stop(); `engine.lost` is set too.
+    Raises EngineStartError with the end of the log.
+    """
+    return Engine(options, log_path, on_lost, start_seconds)
+
+
+def openmp_environment(threads: int) -> dict[str, str]:
+    """PyTorch's own OpenMP library first: without it vLLM's kernels and torch use two pools, and one core."""
+    environment = {"OMP_NUM_THREADS": str(threads or len(os.sched_getaffinity(0)))}
+    loaded = os.environ.get("LD_PRELOAD", "")
+    torch = importlib.util.find_spec("torch")
+    if torch and torch.origin and not any(name in loaded for name in ("libgomp", "libiomp", "libomp")):
+        for library in sorted(Path(torch.origin).parent.glob("lib/libgomp*.so*"))[:1]:
+            environment["LD_PRELOAD"] = f"{loaded}:{library}".lstrip(":")
+    return environment
+
+
+def kill_session(session: int) -> None:
+    """SIGKILL every process of a session but multiprocessing's resource tracker, which unlinks what the others left."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):  # it may end while we look
+            if os.getsid(process.pid) == session and "resource_tracker" not in " ".join(process.cmdline()):
+                os.kill(process.pid, signal.SIGKILL)
+
+
+def reclaim_folders() -> None:
+    """Remove temporary folders of engines whose owner and engine were killed together."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+        owner = folder.name.removeprefix(FOLDER_PREFIX).split("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def describe(engine: Engine) -> dict[str, Any]:
+    """What a log line or `oapl doctor` says about an engine."""
+    return {"pid": engine.pid, "alive": engine.alive(), **dataclasses.asdict(engine.options)}
