@@ -38,7 +38,7 @@ class Collector:
     """Generates groups on one engine and has each sample verified as soon as it is finished.
 
     verify(prompt, response_token_ids [R] i32) runs in the collector's loop; on_group(group) is called on its thread and
-    must be thread-safe and quick. What goes wrong in either goes to on_failure(error), called on that thread too, and is
+    must be thread-safe and quick. What goes wrong in either goes to on_failure(error), on that thread too, and is
     raised by the next submit, call or close.
     Sample by sample: aborted samples get status "aborted", those of an engine that died "lost", neither is verified.
     """

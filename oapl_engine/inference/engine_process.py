@@ -131,8 +131,8 @@ class EngineServer:
         self.counters.samples_running += 1
         try:
             prompt = {"type": "token", "prompt_token_ids": token_ids}
-            async for output in self.llm.generate(prompt, params, str(self._names)):
-                pass
+            async for latest in self.llm.generate(prompt, params, str(self._names)):
+                output = latest
         finally:
             self.counters.samples_running -= 1
         return output

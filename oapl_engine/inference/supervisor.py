@@ -38,8 +38,8 @@ class EngineOptions:
 
     model: folder in Hugging Face layout; dtype: "float32" | "bfloat16"; tensor_parallel: devices (CPU: processes);
     max_model_len: tokens, prompt and response; max_num_seqs: samples that run at once; kv_cache_mb: MiB of KV cache on
-    CPU; memory_share: of a GPU's memory; seed: of generation; threads: OpenMP threads on CPU (0: one a core); cores: CPU
-    core ids to stay on (empty: all); incarnation: counts restarts; version: policy version of the weights in `model`;
+    CPU; memory_share: of a GPU's memory; seed: of generation; threads: OpenMP threads on CPU (0: one a core); cores:
+    CPU core ids to stay on (empty: all); incarnation: counts restarts; version: policy version of the weights in `model`;
     weight_backend, worker_extension: the plugin that takes weight updates ("" for an engine with fixed weights).
     """
 
