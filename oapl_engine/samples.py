@@ -86,7 +86,7 @@ class Group:
 
 @dataclass(frozen=True)
 class PromptSpan:
-    """Rows of one group in a Batch: a shared prefix (its prompt but for the last token), then the responses that read it.
+    """Rows of one group in a Batch: a shared prefix (its prompt but the last token), then the responses that read it.
 
     length 0: nothing is shared, and each response's rows begin with its whole prompt.
     """

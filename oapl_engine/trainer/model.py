@@ -136,7 +136,7 @@ def _load_network(model: config.Model) -> PreTrainedModel:
     _check_architecture(settings, model.path)
     _check_files(Path(model.path))
     try:
-        with _quiet():
+        with quiet():
             network, info = AutoModelForCausalLM.from_pretrained(
                 model.path, dtype=DTYPES[model.dtype], output_loading_info=True
             )
@@ -148,6 +148,9 @@ def _load_network(model: config.Model) -> PreTrainedModel:
             f'model.path = "{model.path}" lacks {len(missing)} weights, among them {missing[0]}: incomplete'
         )
     network.config.use_cache = False
+    for parameter in network.parameters():
+        # Memory mapped from a file is aligned at random, and a matmul's last bits depend on alignment.
+        parameter.data = parameter.data.clone()
     return network
 
 
@@ -183,7 +186,7 @@ def _check_files(path: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bars and load report: what matters in it is an error of ours."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -238,7 +241,7 @@ def choose_layout(policy: Policy) -> None:
         reason = f"{type(network).__name__} does not take its attention from transformers' AttentionInterface"
     for layout in LAYOUTS if reason is None else LAYOUTS[-1:]:
         policy.layout = Layout(layout.share, layout.together, reason)
-        with _quiet():
+        with quiet():
             network.set_attn_implementation(attention.NAME if layout.together else own_attention)
         failure = _probe(policy, items, own)
         if failure is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import inspect
 
-import torch
 from oapl_kernels import Objective, group_advantage, grpo_advantage
 from oapl_kernels.objectives import OBJECTIVES, with_reference_kl
 from torch import Tensor
@@ -15,7 +14,6 @@ from oapl_engine.config import ConfigError, ObjectiveSection
 # r - mean(r), as these publish it; "oapl" has its own value, and the others divide by the group's standard deviation.
 MEAN_BASELINE = ("kimi", "dr_grpo", "topr")
 PER_TOKEN = ("dapo", "cispo")
-SQUARED = ("oapl", "kimi")  # losses (beta2 * log-ratio - A)^2, whose residual is reported
 
 
 def make_objective(section: ObjectiveSection, beta2: float) -> Objective:
@@ -62,4 +60,4 @@ def needs_proximal(objective: Objective) -> bool:
 
 def rms(values: Tensor) -> float:
     """Root mean square of values [N]; 0 if there are none."""
-    return float(values.square().mean().sqrt()) if values.numel() else float(torch.zeros(()))
+    return float(values.square().mean().sqrt()) if values.numel() else 0.0

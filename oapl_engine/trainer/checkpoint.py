@@ -1,0 +1,273 @@
+"""Checkpoints: a Hugging Face folder plus optimizer, RNG and what the run adds; whole and verified, or not there.
+
+Written to a temporary folder, every file hashed and fsynced, the manifest last, then renamed: a kill at any moment
+leaves the earlier checkpoints as they were. A damaged file is named and never used. No pickle: safetensors and JSON only. What
+is not the model lies in the subfolder `trainer`, because vLLM loads every *.safetensors beside config.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from oapl_engine import config
+from oapl_engine.trainer.model import Policy, load_policy, published_weights, quiet
+
+log = logging.getLogger(__name__)
+FORMAT = 1
+MANIFEST, STATE, TEMPORARY = "manifest.json", "trainer", ".tmp-"
+OPTIMIZER, RNG, EXTRA = f"{STATE}/optimizer.safetensors", f"{STATE}/rng.safetensors", f"{STATE}/extra.json"
+ADAPTER, PUBLISHED = f"{STATE}/adapter.safetensors", f"{STATE}/published.safetensors"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, or none of those there can be used."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint. extra: what the run stored (data position, version, …)."""
+
+    path: Path
+    step: int
+    weight_hash: str
+    extra: dict[str, Any]
+
+    def published(self) -> dict[str, Tensor] | None:
+        """The weights that engines served when it was written, where they were stored."""
+        return load_file(self.path / PUBLISHED) if (self.path / PUBLISHED).exists() else None
+
+
+def save(
+    directory: Path,
+    step: int,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    extra: Mapping[str, Any],
+    keep: int,
+    published: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write directory/step_NNNNNN and delete all but the `keep` newest; `extra` must be JSON.
+
+    Never overwrites: the same weights already there are left as they are, a damaged folder is moved aside, anything
+    else raises CheckpointError, as do a full disk and missing permission; earlier checkpoints stay whole.
+    """
+    target = directory / f"step_{step:06d}"
+    digest = weight_hash(policy.model)
+    if target.exists() and _is_same(target, digest):
+        return target
+    temporary = directory / f"{TEMPORARY}{target.name}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for leftover in directory.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(leftover)
+        (temporary / STATE).mkdir(parents=True)
+        _write_files(temporary, policy, optimizer, extra, published)
+        _write_manifest(temporary, step, digest)
+        os.rename(temporary, target)
+        _sync(directory)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"checkpoint {target} cannot be written: {error}; free disk space or set run.dir to another disk (earlier "
+            "checkpoints are whole)"
+        ) from error
+    for old in _folders(directory)[keep:]:
+        _remove(old)
+    return target
+
+
+def _is_same(target: Path, digest: str) -> bool:
+    problem = verify(target)
+    if problem is not None:
+        aside = target.with_name(f"{target.name}.damaged-{len(list(target.parent.glob(f'{target.name}.damaged-*')))}")
+        log.warning("%s; moved to %s", problem, aside)
+        os.rename(target, aside)
+        return False
+    if _manifest(target)["weight_hash"] != digest:
+        raise CheckpointError(
+            f"{target} holds other weights of the same step: a checkpoint is never overwritten; move it"
+        )
+    return True
+
+
+def _write_files(
+    folder: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    extra: Mapping[str, Any],
+    published: Mapping[str, Tensor] | None,
+) -> None:
+    adapter = {name: p.detach().contiguous() for name, p in policy.trainable().items() if ".lora_" in name}
+    with quiet():
+        policy.model.save_pretrained(folder, state_dict=published_weights(policy) if adapter else None)
+        if policy.tokenizer is not None:
+            policy.tokenizer.save_pretrained(folder)
+    if adapter:
+        save_file(adapter, folder / ADAPTER)
+    if published is not None:
+        save_file({name: weight.contiguous() for name, weight in published.items()}, folder / PUBLISHED)
+    save_file(_optimizer_state(policy, optimizer), folder / OPTIMIZER)
+    save_file(_rng_state(policy.device), folder / RNG)
+    (folder / EXTRA).write_text(json.dumps(dict(extra), allow_nan=False))
+
+
+def _optimizer_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = {name: optimizer.state.get(parameter, {}) for name, parameter in policy.trainable().items()}
+    return {f"{kind}/{name}": value.contiguous() for name, kinds in state.items() for kind, value in kinds.items()}
+
+
+def _rng_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def _write_manifest(folder: Path, step: int, digest: str) -> None:
+    files = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        files[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": _hash(file)}
+        _sync(file)
+    content = {"format": FORMAT, "step": step, "weight_hash": digest, "files": files}
+    text = json.dumps(content, sort_keys=True)
+    (folder / MANIFEST).write_text(json.dumps({"content": content, "sha256": _hash_text(text)}, indent=1))
+    for path in (folder / MANIFEST, folder / STATE, folder):
+        _sync(path)
+
+
+def _hash(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    # Renamed first: a kill in the middle must not leave half a checkpoint under its name.
+    hidden = folder.with_name(TEMPORARY + folder.name)
+    os.rename(folder, hidden)
+    shutil.rmtree(hidden)
+
+
+def _folders(directory: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    found = [p for p in directory.iterdir() if re.fullmatch(r"step_\d+", p.name)] if directory.is_dir() else []
+    return sorted(found, key=lambda p: -int(p.name.removeprefix("step_")))
+
+
+def verify(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, with the file named; None if nothing."""
+    try:
+        files = _manifest(folder)["files"]
+        for name, expected in files.items():
+            file = folder / name
+            if file.stat().st_size != expected["bytes"]:
+                return f"{file} is damaged: {file.stat().st_size} bytes, written were {expected['bytes']}"
+            if _hash(file) != expected["sha256"]:
+                return f"{file} is damaged: its SHA-256 is not the one in {MANIFEST}"
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{folder / MANIFEST} is damaged: {error}"
+    return None
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    stored = json.loads((folder / MANIFEST).read_text())
+    content: dict[str, Any] = stored["content"]
+    if stored["sha256"] != _hash_text(json.dumps(content, sort_keys=True)):
+        raise ValueError("its own SHA-256 does not fit")
+    if content["format"] != FORMAT:
+        raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
+    return content
+
+
+def load_newest(directory: Path) -> Checkpoint | None:
+    """The newest checkpoint that verifies; None where there is none at all. Damaged ones are named in the log.
+
+    Raises CheckpointError where checkpoints are there but none verifies.
+    """
+    problems = []
+    for folder in _folders(directory):
+        problem = verify(folder)
+        if problem is None:
+            content = _manifest(folder)
+            return Checkpoint(folder, content["step"], content["weight_hash"], json.loads((folder / EXTRA).read_text()))
+        log.warning("%s; falling back to an older checkpoint", problem)
+        problems.append(problem)
+    if problems:
+        raise CheckpointError(
+            f"no checkpoint in {directory} can be used: {'; '.join(problems)}; start in another run.dir"
+        )
+    return None
+
+
+def resume_policy(
+    checkpoint: Checkpoint, model: config.Model, train: config.Train, device: torch.device | None = None
+) -> Policy:
+    """The policy as it was saved. With LoRA the base comes from model.path, the adapters from the checkpoint."""
+    if not model.lora_rank:
+        return load_policy(replace(model, path=str(checkpoint.path)), train, device)
+    policy = load_policy(model, train, device)
+    adapter = load_file(checkpoint.path / ADAPTER)
+    with torch.no_grad():
+        for name, parameter in policy.trainable().items():
+            parameter.copy_(adapter[name])
+    return policy
+
+
+def restore(checkpoint: Checkpoint, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    """Put back the optimizer's state and torch's random generators. CheckpointError for another model's state."""
+    state: dict[str, dict[str, Tensor]] = {}
+    for key, value in load_file(checkpoint.path / OPTIMIZER).items():
+        kind, _, name = key.partition("/")
+        state.setdefault(name, {})[kind] = value
+    parameters = policy.trainable()
+    if state and state.keys() != parameters.keys():
+        raise CheckpointError(f"{checkpoint.path / OPTIMIZER} belongs to another model: {len(state)} parameters there, "
+                              f"{len(parameters)} here; use the recipe that wrote it")  # fmt: skip
+    for name, kinds in state.items():
+        device = policy.device
+        optimizer.state[parameters[name]] = {k: v if k == "step" else v.to(device) for k, v in kinds.items()}
+    random = load_file(checkpoint.path / RNG)
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random and policy.device.type == "cuda":
+        torch.cuda.set_rng_state(random["cuda"], policy.device)
+
+
+def weight_hash(model: nn.Module) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every parameter, tied ones once."""
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
+        digests = pool.map(_digest, sorted(model.named_parameters()))
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _digest(item: tuple[str, nn.Parameter]) -> bytes:
+    name, parameter = item
+    data = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode() + b"\0").digest() + (
+        hashlib.sha256(data).digest()
+    )
