@@ -1,5 +1,6 @@
 """Which implementation of the chunk epilogue runs."""
 
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -13,8 +14,10 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def _has_extension() -> bool:
-    return find_spec("oapl_kernels._epilogue") is not None
+@cache
+def extension() -> ModuleType | None:
+    """The C++ extension oapl_kernels._epilogue, or None where it is not built."""
+    return import_module("._epilogue", __package__) if find_spec("oapl_kernels._epilogue") else None
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -26,7 +29,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
             return "torch"
         if device.type == "cuda":
             return "triton" if _has_triton() else "torch"
-        return "cpu" if device.type == "cpu" and _has_extension() else "torch"
+        return "cpu" if device.type == "cpu" and extension() else "torch"
     if backend != "torch" and dtype == torch.float64:
         raise ValueError(f"backend is {backend!r} with float64 inputs; allowed: 'torch' or 'auto'")
     if backend == "triton":
@@ -39,7 +42,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend == "cpu":
         if device.type != "cpu":
             raise ValueError(f"backend is 'cpu' with tensors on {device}; allowed: tensors on cpu")
-        if not _has_extension():
+        if extension() is None:
             raise ValueError(
                 "backend is 'cpu' but oapl_kernels._epilogue is not built; allowed: 'torch', or build the extension"
             )

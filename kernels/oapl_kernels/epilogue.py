@@ -40,7 +40,7 @@ def statistics(logits: Tensor, target: Tensor, temperature: float, softcap: floa
         total = p.sum(1)
         log_sum.copy_(total.log())
         entropy.copy_(log_sum - p.mul_(d).sum(1) / total)
-        chosen = d.gather(1, index.clamp_min(0))[:, 0] - log_sum
+        chosen = x.gather(1, index.clamp_min(0))[:, 0] - maximum - log_sum
         logprob.copy_(torch.where(index[:, 0] < 0, 0, chosen))
 
 

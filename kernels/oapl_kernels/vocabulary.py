@@ -22,9 +22,9 @@ class Vocabulary:
     def local_target(self, target: Tensor, counted: Tensor) -> Tensor:
         """target [T] as rows of this rank's weight; -1 where ignored or on another rank."""
         if self.group is None:
-            return torch.where(counted, target, -1)
+            return torch.where(counted, target, -1).long()
         local = target - self.offset
-        return torch.where(counted & (local >= 0) & (local < self.local), local, -1)
+        return torch.where(counted & (local >= 0) & (local < self.local), local, -1).long()
 
     def combine(self, statistics: Tensor, target: Tensor) -> Tensor:
         """[4, t] of this rank's rows -> of the whole vocabulary, the same bits on every rank."""

@@ -2,8 +2,13 @@
 
 from dataclasses import dataclass, fields, replace
 
+import pytest
 import torch
 from oapl_kernels import Objective, PolicyInputs, fused_policy_loss
+from oapl_kernels.backend import extension
+
+NOT_BUILT = "oapl_kernels._epilogue is not built (python setup.py build_ext --inplace)"
+CPU = pytest.param("cpu", marks=pytest.mark.skipif(extension() is None, reason=NOT_BUILT))
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
