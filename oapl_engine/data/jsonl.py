@@ -37,7 +37,8 @@ def finite_source(name: str, problems: list[Problem]) -> Source:
 
 def problems_of_rows(rows: Iterable[tuple[str, int, dict[str, Any]]], name: str) -> list[Problem]:
     """Checked problems of (place, number, row). Raises ConfigError that names the place."""
-    problems, seen = [], {}
+    problems: list[Problem] = []
+    seen: dict[str, str] = {}
     for place, number, row in rows:
         problem = _problem(row, f"{name}-{number}", place)
         if problem.id in seen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import types
 from typing import Any
@@ -27,8 +28,8 @@ def reasoning_source(task: str, options: dict[str, Any]) -> Source:
         try:
             entry = dataset[index]
         except IndexError as error:
-            raise ConfigError(f"{task}: only {settings['size']} problems: raise data.options.size") from error
-        record = {"dataset": task, "entry": entry, "answer": str(entry["answer"])}
+            raise ConfigError(f"{task} has no problem {index}: raise data.options.size = {settings['size']}") from error
+        record = {"dataset": task, "entry": json.loads(json.dumps(entry))}  # plain JSON from the start: no tuples
         return Problem(f"{task}-{index}", _question(task, field, entry), record)
 
     problem(0)
@@ -46,6 +47,8 @@ def _create(task: str, settings: dict[str, Any]) -> Any:
     datasets = _registry()
     if task not in datasets:
         raise ConfigError(f'data.task = "{task}" is no reasoning-gym data set; {nearest(task, datasets)}')
+    if type(settings["size"]) is not int or settings["size"] < 1:
+        raise ConfigError(f"data.options.size = {settings['size']!r}: problems an epoch, a whole number from 1")
     make, config = datasets[task]
     fields = [f.name for f in dataclasses.fields(config)]
     for name in settings:
