@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from oapl_engine.config import Recipe
+from oapl_engine.config import ConfigError, Model, Recipe
 from oapl_engine.report.display import Display
 from oapl_engine.report.metrics import MetricsWriter
 from oapl_engine.report.stopwatch import Stopwatch
@@ -22,11 +23,35 @@ from oapl_engine.samples import Group
 from oapl_engine.scheduler import events as e
 from oapl_engine.trainer import checkpoint
 from oapl_engine.trainer.batch import StepData, build_step, with_behavior
-from oapl_engine.trainer.model import Policy, load_policy
+from oapl_engine.trainer.model import Policy, load_policy, vocabulary_size
 from oapl_engine.trainer.objective import make_objective, needs_proximal, normalizer
-from oapl_engine.trainer.optimizer import learning_rate
+from oapl_engine.trainer.optimizer import learning_rate, make_optimizer
+from oapl_engine.trainer.rollout_files import Limits, read_rollouts
 from oapl_engine.trainer.score import score, scored_as
 from oapl_engine.trainer.step import StepResult, train_step
+
+
+def open_learner(recipe: Recipe, model: Model, run_dir: Path, display: Display) -> Learner:
+    """Policy, optimizer and files of a run, as they were at its newest checkpoint. model: with a resolved path."""
+    torch.set_num_threads(recipe.run.threads or len(os.sched_getaffinity(0)))
+    torch.manual_seed(recipe.run.seed)
+    make_objective(recipe.objective, recipe.objective.beta2)  # a wrong name or switch is told before anything is loaded
+    display.show_phase("start", f"model {model.path}")
+    newest = checkpoint.load_newest(run_dir / "checkpoints")
+    policy = checkpoint.resume_policy(newest, model, recipe.train) if newest else load_policy(model, recipe.train)
+    optimizer = make_optimizer(policy, recipe.optimizer)
+    if newest:
+        checkpoint.restore(newest, policy, optimizer)
+    return Learner(
+        *(recipe, model, run_dir, policy, optimizer),
+        log=RolloutLog(run_dir / "rollouts" / "rank0.sqlite"),
+        journal=Journal(run_dir / "journal.sqlite"),
+        metrics=MetricsWriter(run_dir, recipe.report),
+        display=display,
+        stopwatch=Stopwatch(),
+        step=newest.step if newest else 0,
+        position=newest.extra["position"] if newest else 0,
+    )
 
 
 @dataclass
@@ -34,6 +59,7 @@ class Learner:
     """Policy, optimizer and the files that make a step durable. `published` and `gap` are told by the generator."""
 
     recipe: Recipe
+    model: Model
     run_dir: Path
     policy: Policy
     optimizer: torch.optim.Optimizer
@@ -59,6 +85,27 @@ class Learner:
             e.LoadTrainer: self.load,
             e.OffloadTrainer: lambda _: None,
         }
+
+    def import_rollouts(self) -> None:
+        """Offline: put the rollouts of the recipe's file into the log. Raises ConfigError."""
+        r = self.recipe
+        limits = Limits(vocabulary_size(self.policy), r.sampling.max_new_tokens, tuple(r.sampling.stop_token_ids))
+        file = read_rollouts(r.data.path, limits, self.policy.tokenizer)
+        if not file.has_behavior and r.objective.behavior == "engine":
+            raise ConfigError(f'{r.data.path} has no behaviour log-probs: set objective.behavior = "recomputed"')
+        uses = r.schedule.steps * r.schedule.groups_per_step
+        if uses > len(file.groups) * r.schedule.allowance:
+            raise ConfigError(
+                f"schedule.steps = {r.schedule.steps} x groups_per_step = {r.schedule.groups_per_step} needs {uses} "
+                f"groups; {r.data.path} has {len(file.groups)} and schedule.allowance = {r.schedule.allowance}: lower "
+                "steps, or raise allowance (epochs)"
+            )
+        self.recorded_rewards = file.recorded_rewards
+        stored = set(self.log.group_keys())
+        for group in file.groups:
+            if group.id not in stored:
+                self.log.append(group)
+        self.display.say(f"{len(file.groups)} groups from {r.data.path}")
 
     def load(self, _: e.LoadTrainer) -> None:
         """Before a window's first step, while π is still π_vllm: recompute behaviour log-probs if so configured."""
@@ -110,7 +157,7 @@ class Learner:
 
     def _reference(self) -> Policy:
         if self.reference is None:
-            self.reference = load_policy(self.recipe.model, self.recipe.train)
+            self.reference = load_policy(self.model, self.recipe.train)
             self.reference.model.requires_grad_(False)
         return self.reference
 

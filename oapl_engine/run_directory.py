@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import json
 import os
 from pathlib import Path
 from typing import IO, Any
@@ -98,9 +99,8 @@ def _waiting(
     return tuple(waiting)
 
 
-def last_evaluation(path: Path) -> dict[int, dict[str, Any]]:
-    """Rows of eval.jsonl for k = 1 by step."""
-    import json
-
+def read_evaluations(run_dir: str | Path) -> dict[int, dict[str, Any]]:
+    """Rows of eval.jsonl for k = 1, by optimizer step."""
+    path = Path(run_dir) / "eval.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return {row["step"]: row for row in rows if row["k"] == 1}

@@ -58,3 +58,24 @@ def refused(oapl):
         return done
 
     return check
+
+
+@pytest.fixture(scope="session")
+def micro_model(tmp_path_factory):
+    """Folder of a micro model, warmed up on sorting 6 digits (about 20 s, once a session)."""
+    from oapl_engine.config import load_sft_recipe
+    from oapl_engine.sft import run_sft
+
+    out = tmp_path_factory.mktemp("models") / "micro"
+    run_sft(load_sft_recipe(ROOT / "recipes" / "micro_sft.toml", ["--model.out", str(out)]))
+    return out
+
+
+@pytest.fixture(scope="session")
+def micro_rollouts(micro_model, tmp_path_factory):
+    """JSONL as `oapl rollouts` prints it: 48 prompts x 8 samples of the micro model, sampled by transformers."""
+    from tests.sampling import write_rollouts
+
+    path = tmp_path_factory.mktemp("rollouts") / "micro.jsonl"
+    write_rollouts(micro_model, path, prompts=48, group_size=8)
+    return path

@@ -39,7 +39,7 @@ class Display:
         changed, self.phase, self.detail = phase != self.phase, phase, detail
         if self.live:
             self.live.update(self._table())
-        elif changed or time.monotonic() - self.last_plain > PLAIN_EVERY_SECONDS:
+        elif (changed and phase != "train") or time.monotonic() - self.last_plain > PLAIN_EVERY_SECONDS:
             self.last_plain = time.monotonic()
             self.say(f"{phase} {detail}".rstrip())
 
@@ -48,6 +48,7 @@ class Display:
         self.row = row
         if row.get("seconds_total"):
             self.step_seconds.append(row["seconds_total"])
+        self.last_plain = time.monotonic()
         if self.live:
             self.live.update(self._table())
         elif row["step"] % max(1, self.steps // 20) == 0 or row["step"] == 1:

@@ -1,0 +1,79 @@
+"""`torchrun -m oapl_engine.train RECIPE`: wires the rooms and carries out the scheduler's commands until Exit."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+from oapl_engine.config import ConfigError, Recipe
+from oapl_engine.data.models import resolve_model
+from oapl_engine.generator import open_generator
+from oapl_engine.learner import open_learner
+from oapl_engine.report.display import Display
+from oapl_engine.run_directory import open_run, read_evaluations, resume_state
+from oapl_engine.scheduler import driver
+from oapl_engine.scheduler import events as e
+from oapl_engine.scheduler.core import settings_of
+
+
+def run_recipe(recipe: Recipe) -> int:
+    """Train by a recipe, or go on where a killed run stopped. Returns the exit code; raises ConfigError."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: this version trains on one rank; use --nproc-per-node 1"
+        )
+    inbox: queue.SimpleQueue[e.Event] = queue.SimpleQueue()
+    with ExitStack() as rooms:
+        run_dir, lock = open_run(recipe)
+        rooms.callback(lock.close)
+        display = Display(recipe.schedule.steps)
+        rooms.callback(display.close)
+        model = replace(recipe.model, path=str(resolve_model(recipe.model.path)))
+        learner = open_learner(recipe, model, run_dir, display)
+        handlers = learner.handlers()
+        rooms.enter_context(stop_on_signal(inbox))
+        if recipe.schedule.mode == "offline":
+            learner.import_rollouts()
+            inbox.put(e.Tick(0))
+        else:
+            generator = rooms.enter_context(open_generator(learner, inbox))
+            handlers |= generator.handlers()
+        evaluated = max(read_evaluations(run_dir), default=-1)
+        state = resume_state(settings_of(recipe), learner.step, learner.log, learner.journal, evaluated)
+        state, code = driver.drive(state, inbox, handlers, run_dir / "events.jsonl")
+    if code == 0:
+        print(summary(recipe, state.step), flush=True)
+    return code
+
+
+@contextmanager
+def stop_on_signal(inbox: queue.SimpleQueue[e.Event]):
+    """Ctrl-C and SIGTERM ask for a clean checkpoint; a second one stops at once."""
+
+    def ask(number, _):
+        inbox.put(e.Stop())
+        signal.signal(number, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def summary(recipe: Recipe, steps: int) -> str:
+    """The last line on stdout: `done: steps=… pass@1 before=… after=… run=…`."""
+    rows = read_evaluations(recipe.run.dir)
+    before, after = (f"{rows[s]['pass_at_k']:.4f}" if s in rows else "-" for s in (0, steps))
+    return f"done: steps={steps} pass@1 before={before} after={after} run={recipe.run.dir}"
+
+
+if __name__ == "__main__":
+    from oapl_engine.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))
