@@ -1,0 +1,1 @@
+"""Held-out pass@k with its standard error, and paired comparison."""
