@@ -76,6 +76,16 @@ class EngineClient:
         reply: dict[str, Any] = await self._result("transfer", phase=phase, payload=payload)
         return reply
 
+    async def control(self, phase: str, payload: dict[str, Any]) -> Any:
+        """What weights.Publisher asks for: pause {"mode"}, resume, score {"token_ids"}, else a phase of transfer."""
+        if phase == "pause":
+            return await self.pause(payload["mode"])
+        if phase == "resume":
+            return await self.resume()
+        if phase == "score":
+            return await self.score(payload["token_ids"])
+        return await self.transfer(phase, payload)
+
     async def counters(self) -> dict[str, Any]:
         """incarnation, tokens_generated, tokens_scored, samples_finished, samples_running, version, state, pid."""
         reply: dict[str, Any] = await self._result("counters")

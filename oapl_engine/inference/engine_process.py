@@ -21,7 +21,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -266,7 +265,7 @@ def set_environment(options: dict[str, Any]) -> None:
         VLLM_ENABLE_V1_MULTIPROCESSING="0" if one_process else "1",
         TOKENIZERS_PARALLELISM="false",
         TMPDIR=options["folder"],
-        TORCHINDUCTOR_CACHE_DIR=str(Path(options["folder"], "inductor")),
+        TORCHDYNAMO_DISABLE="1",  # eager; else vLLM's sampler compiles C++ at the first request (16 s)
     )
     if options["cores"]:
         os.sched_setaffinity(0, options["cores"])

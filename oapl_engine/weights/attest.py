@@ -1,0 +1,79 @@
+"""Is the version that the engine holds the version that the trainer sent, and does the engine compute with it?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Logprobs = NDArray[np.float32]
+
+# mean |difference| of golden log-probs, nats a token: rounding noise is 1e-5 (float32) and 3e-2 (bfloat16)
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15}
+ENOUGH_CHANGED = 512  # elements; fewer could hide below the rounding of a log-prob
+
+
+class WeightMismatch(RuntimeError):
+    """A version was refused; the engine serves nothing until a complete one arrives. parameter: the one at fault."""
+
+    def __init__(self, parameter: str, expected: str, found: str) -> None:
+        super().__init__(
+            f"{parameter}: expected {expected}, found {found}; the engine stays paused until a complete version"
+        )
+        self.parameter, self.expected, self.found = parameter, expected, found
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Prompts whose log-probs show that the engine computes what the trainer computes.
+
+    prompts: token ids, 2 or more each; trainer_logprobs(prompts): for each, f32 log-probs [len - 1] of tokens 1… at
+    temperature 1 under the weights being published; tolerance: mean |difference| in nats a token.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    trainer_logprobs: Callable[[Sequence[Sequence[int]]], list[Logprobs]]
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Engine against trainer on the golden prompts: |difference| of log-probs and its sign-keeping mean, nats a token."""
+
+    mean: float
+    max: float
+    bias: float
+
+
+def check_checksums(expected: dict[str, int], reports: Sequence[dict[str, Any]]) -> None:
+    """Every rank must hold every tensor bit for bit. Raises WeightMismatch."""
+    for rank, report in enumerate(reports):
+        for name, value in expected.items():
+            found = report["checksums"].get(name)
+            if found != value:
+                shown = "nothing" if found is None else f"{found:016x}"
+                raise WeightMismatch(name, f"checksum {value:016x}", f"{shown} in rank {rank} of the engine")
+
+
+def check_golden(golden: Golden, engine: list[Logprobs]) -> Gap:
+    """The engine's log-probs against the trainer's. Raises WeightMismatch past the tolerance, or if one is not finite."""
+    trainer = golden.trainer_logprobs(golden.prompts)
+    for number, (ours, theirs) in enumerate(zip(trainer, engine, strict=True)):
+        difference = float(np.abs(np.asarray(ours) - theirs).mean())
+        if not difference <= golden.tolerance:
+            what = f"log-probs within {golden.tolerance} nats a token of the trainer's"
+            raise WeightMismatch(f"golden prompt {number}", what, f"a mean difference of {difference:.4g}")
+    gap = np.concatenate(engine) - np.concatenate(trainer)
+    return Gap(float(np.abs(gap).mean()), float(np.abs(gap).max()), float(gap.mean()))
+
+
+def check_staleness(changed: int, engine: list[Logprobs], previous: list[Logprobs] | None) -> None:
+    """New bytes must give new log-probs. Raises WeightMismatch."""
+    if previous is None or changed < ENOUGH_CHANGED:
+        return
+    if all(np.array_equal(now, before) for now, before in zip(engine, previous, strict=True)):
+        what = f"new log-probs, as {changed} elements changed"
+        raise WeightMismatch("golden prompts", what, "those of the previous version, bit for bit")

@@ -1,0 +1,21 @@
+"""What is loaded inside vLLM's processes: a plugin that takes weight updates in place (backend "oapl").
+
+Needs torch, numpy and vLLM, nothing else of ours. The entry point `vllm.general_plugins` calls register() in every vLLM
+process; an engine without weight_transfer_config={"backend": "oapl"} behaves as if it were not there.
+"""
+
+BACKEND = "oapl"
+
+
+def register() -> None:
+    """Make the backend known to vLLM. Idempotent."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    if BACKEND in WeightTransferEngineFactory._registry:
+        return
+    WeightTransferEngineFactory.register_engine(
+        BACKEND, "oapl_engine.weights.receiver.engine", "InPlaceWeightTransferEngine"
+    )
+    from oapl_engine.weights.receiver.live import keep_parameters_live
+
+    keep_parameters_live()

@@ -1,0 +1,21 @@
+"""Methods that vLLM adds to its worker (worker_extension_cls), called by collective_rpc."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class WeightReport:
+    """Mixed into vLLM's Worker."""
+
+    weight_transfer_engine: Any
+    _weight_update_active: bool
+
+    def weight_report(self) -> dict[str, Any]:
+        """This rank's InPlaceWeightTransferEngine.report."""
+        report: dict[str, Any] = self.weight_transfer_engine.report()
+        return report
+
+    def abandon_weight_update(self) -> None:
+        """Forget an update that was begun and not finished, so that the next one may start."""
+        self._weight_update_active = False

@@ -1,0 +1,45 @@
+"""Proof that layers compute with the bytes in place: a layer's answer to fixed inputs must change with its weight.
+
+vLLM's CPU kernels work on packed copies of weights, and a copy that is not renewed gives old answers without an error
+(vLLM 0.32: the head of a tied model after a reload). Checksums of the parameter cannot see that.
+"""
+
+from __future__ import annotations
+
+import torch
+
+ROWS = 4
+ENOUGH = 512  # changed elements; with fewer, rounding could hide all of them (about 0.96^(4 n) for n in bf16)
+
+
+class LayerProbe:
+    """Answers of every unquantised linear layer and head of a model to the same inputs, remembered between versions."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        from vllm.model_executor.layers.linear import LinearBase
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+        kinds = (LinearBase, VocabParallelEmbedding)
+        modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, kinds)}
+        self.layers = {
+            n: m for n, m in modules.items() if getattr(m, "weight", None) is not None and m.weight.ndim == 2
+        }
+        self.answers = {name: self._ask(layer) for name, layer in self.layers.items()}
+
+    def stale(self, changed: dict[int, int]) -> str | None:
+        """Name of the first layer whose weight changed (`changed`: storage id → elements) and whose answer did not."""
+        for name, layer in self.layers.items():
+            answer, before = self._ask(layer), self.answers[name]
+            self.answers[name] = answer
+            enough = changed.get(layer.weight.untyped_storage()._cdata, 0) >= ENOUGH
+            if enough and torch.equal(answer, before):
+                return f"{name}.weight"
+        return None
+
+    @staticmethod
+    def _ask(layer: torch.nn.Module) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(layer.weight.shape[1])
+        inputs = torch.randn(ROWS, layer.weight.shape[1], generator=generator)
+        inputs = inputs.to(layer.weight.dtype).to(layer.weight.device)
+        with torch.inference_mode():
+            return layer.quant_method.apply(layer, inputs).clone()
