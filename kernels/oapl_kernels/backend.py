@@ -1,5 +1,6 @@
 """Which implementation of the chunk epilogue runs."""
 
+import os
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,6 +21,13 @@ def extension() -> ModuleType | None:
     return import_module("._epilogue", __package__) if find_spec("oapl_kernels._epilogue") else None
 
 
+def runs_triton(tensor: torch.Tensor) -> bool:
+    """Whether Triton kernels can run on the tensor: on a GPU, or on CPU under Triton's interpreter."""
+    if not _has_triton():
+        return False
+    return tensor.is_cuda or (tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+
+
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """ "torch", "triton" or "cpu" for tensors of this device and dtype; ValueError if the asked one cannot run."""
     if backend not in BACKENDS:
@@ -35,10 +43,10 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend == "triton":
         if not _has_triton():
             raise ValueError("backend is 'triton' but triton is not installed; allowed: 'torch', or install triton")
-        import triton
-
-        if device.type != "cuda" and not triton.knobs.runtime.interpret:
-            raise ValueError(f"backend is 'triton' with tensors on {device}; allowed: a CUDA or ROCm device")
+        if not runs_triton(torch.empty(0, device=device)):
+            raise ValueError(
+                f"backend is 'triton' with tensors on {device}; allowed: a CUDA or ROCm device, or TRITON_INTERPRET=1"
+            )
     if backend == "cpu":
         if device.type != "cpu":
             raise ValueError(f"backend is 'cpu' with tensors on {device}; allowed: tensors on cpu")

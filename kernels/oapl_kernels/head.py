@@ -40,7 +40,8 @@ class Head:
         self.bias = None if bias is None else bias.to(self.dtype)
         self.chunk_tokens = options.chunk_tokens or default_chunk_tokens(weight.shape[1], weight.device)
         self.vocabulary = options.vocabulary
-        self._epilogue = backends.epilogue(backends.choose(options.backend, weight.device, weight.dtype))
+        self._backend = backends.choose(options.backend, weight.device, weight.dtype)
+        self._epilogue = backends.epilogue(self._backend)
         self.rows = min(self.chunk_tokens, tokens)
         self._logits = self.new(self.rows, len(weight))
         self._statistics = self.new(4, self.rows)
@@ -60,6 +61,17 @@ class Head:
         the next chunk. target -1: not in this shard."""
         out = self._statistics[:, : len(logits)]
         self._epilogue.statistics(logits, target, self.options.temperature, self.options.softcap, out)
+        return self.vocabulary.combine(out, target)
+
+    def score(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """`statistics` of hidden [t, D]; valid until the next chunk. Without logits in memory where that is quicker:
+        half precision in Triton (fp32 products need the library's)."""
+        if self._backend != "triton" or self.weight.dtype.itemsize > 2:
+            return self.statistics(self.logits(hidden), target)
+        from .scoring_triton import score
+
+        options = self.options
+        out = score(hidden, self.weight, self.bias, target, options.temperature, options.softcap)
         return self.vocabulary.combine(out, target)
 
     def gradient(

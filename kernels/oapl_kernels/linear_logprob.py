@@ -31,7 +31,7 @@ class _LinearLogprob(torch.autograd.Function):
             local = head.vocabulary.local_target(target, counted)
             stats = scratch(4, len(hidden), dtype=head.dtype, device=hidden.device)
             for rows in _chunks(len(hidden), head.chunk_tokens):
-                stats[:, rows] = head.statistics(head.logits(hidden[rows]), local[rows])
+                stats[:, rows] = head.score(hidden[rows], local[rows])
         ctx.options = options
         ctx.save_for_backward(hidden, weight, bias, local, counted, stats)
         ctx.set_materialize_grads(False)

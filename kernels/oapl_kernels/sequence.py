@@ -5,16 +5,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backend import runs_triton
+
 
 class _SequenceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token_values: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> Tensor:
         ctx.save_for_backward(cu_seqlens, mask)
         ctx.tokens, ctx.dtype = len(token_values), token_values.dtype
+        if runs_triton(token_values) and token_values.dtype != torch.float64:
+            from .sequence_triton import sums
+
+            return sums(token_values, cu_seqlens, mask)
         values = token_values if mask is None else torch.where(mask != 0, token_values, 0)
         # fp64 accumulation in a fixed order: the error of a compensated fp32 sum, and the same bits on every run.
-        sums = torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens.long())
-        return sums.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
+        totals = torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens.long())
+        return totals.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
