@@ -2,30 +2,75 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import queue
 import threading
 import time
-from collections.abc import Awaitable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from oapl_engine.config import Recipe
-from oapl_engine.data.task import Task
+from oapl_engine.config import ConfigError, Recipe
+from oapl_engine.data.task import Task, load_task
+from oapl_engine.evaluation.evaluate import append_evaluation, evaluate
 from oapl_engine.inference.client import EngineLost
 from oapl_engine.inference.collector import Collector
 from oapl_engine.inference.protocol import Sampling
 from oapl_engine.inference.supervisor import Engine, EngineOptions, EngineStartError, start_engine
 from oapl_engine.learner import Learner
 from oapl_engine.rewards import Verdict, VerifierPool
-from oapl_engine.samples import Group, Prompt, group_key
+from oapl_engine.rewards.verdict import check_name, check_options
+from oapl_engine.samples import Group, Prompt, Rollout, group_key
 from oapl_engine.scheduler import events as e
+from oapl_engine.trainer.model import published_weights
+from oapl_engine.trainer.score import score
+from oapl_engine.weights.attest import TOLERANCE, Golden, WeightMismatch
+from oapl_engine.weights.publish import Publisher
 
 DRAIN_SECONDS = 60.0  # verdicts of samples that a dead engine had finished
 RESTARTS = 3  # deaths in a row, without a group in between, that end the run
+
+
+@contextlib.contextmanager
+def open_generator(learner: Learner, inbox: queue.SimpleQueue[e.Event]) -> Iterator[Generator]:
+    """Task, verifiers and a running engine for a learner's recipe; all of it is gone on exit."""
+    recipe = learner.recipe
+    context = context_length(learner)
+    data = replace(recipe.data, max_prompt_tokens=context - recipe.sampling.max_new_tokens)
+    task = load_task(data, recipe.run.seed, learner.policy.tokenizer)
+    name, options = recipe.reward.name or task.verifier, {**task.verifier_options, **recipe.reward.options}
+    check_name(name)
+    check_options(name, options)
+    pool = VerifierPool(recipe.reward.workers, recipe.reward.timeout_seconds, recipe.reward.memory_mb)
+    generator = Generator(
+        *(learner, task, context, name, options, pool, inbox, learner.position),
+        logged=frozenset(learner.log.group_keys()),
+        incarnation=learner.journal.incarnations(),
+    )
+    try:
+        generator.start()
+        yield generator
+    finally:
+        generator.close()
+
+
+def context_length(learner: Learner) -> int:
+    """Tokens of prompt and response: what the recipe asks for, or the positions of the model if fewer. ConfigError."""
+    data, sampling = learner.recipe.data, learner.recipe.sampling
+    wanted = data.max_prompt_tokens + sampling.max_new_tokens
+    positions = getattr(learner.policy.model.config.get_text_config(), "max_position_embeddings", None) or wanted
+    if sampling.max_new_tokens >= positions:
+        raise ConfigError(
+            f"sampling.max_new_tokens = {sampling.max_new_tokens}: {learner.model.path} has {positions} positions for "
+            "prompt and response together; lower it"
+        )
+    return min(wanted, positions)
 
 
 @dataclass(frozen=True)
@@ -44,10 +89,11 @@ class Attempt:
 class Generator:
     """The engine, its collector and the prompts. Events go to `inbox`; a group is durable before it counts."""
 
-    recipe: Recipe
-    run_dir: Path
     learner: Learner
     task: Task
+    context: int
+    verifier: str
+    verifier_options: dict[str, Any]
     pool: VerifierPool
     inbox: queue.SimpleQueue[e.Event]
     position: int
@@ -60,33 +106,83 @@ class Generator:
     lock: threading.Lock = field(default_factory=threading.Lock)
     failure: BaseException | None = None
 
-    def start(self, model_dir: Path) -> None:
-        """Start the engine on the weights in model_dir; EngineReady follows in the inbox."""
-        options = self._engine_options(model_dir)
+    @property
+    def recipe(self) -> Recipe:
+        return self.learner.recipe
+
+    def start(self) -> None:
+        """Start the engine on the start model's weights; EngineReady follows in the inbox."""
+        options = self._engine_options()
         self.learner.display.show_phase("start", "engine (vLLM)")
-        self.engine = start_engine(options, self.run_dir / "engine.log", on_lost=self._on_lost)
+        self.engine = start_engine(options, self.learner.run_dir / "engine.log", on_lost=self._on_lost)
         self.collector = Collector(self.engine.client, self._verify, self._on_group, self._on_failure)
+        self.publisher = self._publisher()
         self.inbox.put(e.EngineReady(0))
 
-    def _engine_options(self, model_dir: Path) -> EngineOptions:
+    def _publisher(self) -> Publisher:
+        """Publishes the policy's weights; what happens to generation meanwhile is the scheduler's Pause and Resume."""
+        dtype = self.engine.options.dtype
+        policy = self.learner.policy
+
+        def control(phase: str, payload: dict[str, Any]) -> Any:
+            if phase in ("pause", "resume"):
+                return {}
+            if phase == "score":
+                return self.collector.call(self.engine.client.score(payload["token_ids"]))
+            return self.collector.call(self.engine.client.transfer(phase, payload))
+
+        return Publisher(
+            lambda: published_weights(policy).items(),
+            control,
+            bucket_bytes=self.recipe.weights.bucket_mb << 20,
+            dtype=getattr(torch, dtype),
+            golden=Golden(self._probe(), self._probe_logprobs, TOLERANCE[dtype]),
+        )
+
+    def _probe(self) -> list[list[int]]:
+        """Token ids of the fixed probe set: prompts and a response of the start model to each; kept for resumes."""
+        path = self.learner.run_dir / "probe.json"
+        if not path.exists():
+            prompts = [self.task.prompt(i) for i in range(self.recipe.weights.golden_prompts)]
+            samples = self.collector.generate_many(prompts, 1, self._sampling())
+            pairs = zip(prompts, samples, strict=True)
+            probe = [[*p.token_ids.tolist(), *np.frombuffer(s[0].token_ids, "<i4").tolist()] for p, s in pairs]
+            path.write_text(json.dumps(probe))
+        found: list[list[int]] = json.loads(path.read_text())
+        return found
+
+    def _probe_logprobs(self, probe: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        """The trainer's log-probs [len - 1] of each sequence at temperature 1."""
+        groups = [_as_group(i, np.asarray(ids, np.int32)) for i, ids in enumerate(probe)]
+        r = self.recipe.train
+        logprobs = score(
+            self.learner.policy, groups, temperature=1.0, token_budget=r.token_budget, share_prompts=r.share_prompts
+        )
+        return [logprobs[f"probe.{i}.0"] for i in range(len(groups))]
+
+    def _engine_options(self) -> EngineOptions:
         r = self.recipe
         return EngineOptions(
-            model=str(model_dir),
+            model=self.learner.model.path,
             dtype=r.model.dtype if r.rollout.engine_dtype == "auto" else r.rollout.engine_dtype,
             tensor_parallel=r.rollout.tensor_parallel,
-            max_model_len=r.data.max_prompt_tokens + r.sampling.max_new_tokens,
+            max_model_len=self.context,
             kv_cache_mb=r.rollout.kv_cache_mb,
             memory_share=r.rollout.memory_share,
             seed=r.run.seed + self.incarnation,
             incarnation=self.incarnation,
+            version=-1,  # the weights of the model folder are no version of this run until one is published
         )
 
     def close(self) -> None:
-        """Stop engine, collector and verifiers; nothing is left behind."""
-        for part in ("engine", "collector"):
-            if hasattr(self, part):
-                getattr(self, part).stop() if part == "engine" else self.collector.close()
+        """Stop engine, collector, publisher and verifiers; nothing is left behind."""
         self.pool.close()
+        if hasattr(self, "publisher"):
+            self.publisher.close()
+        if hasattr(self, "engine"):
+            self.engine.stop()
+        if hasattr(self, "collector"):
+            self.collector.close()
 
     def handlers(self) -> dict[type, Any]:
         return {
@@ -126,12 +222,14 @@ class Generator:
         s = self.recipe.sampling
         return Sampling(s.temperature, s.top_p, s.top_k, s.max_new_tokens, tuple(s.stop_token_ids))
 
-    def _verify(self, prompt: Prompt, response: NDArray[np.int32]) -> Awaitable[Verdict]:
-        r = self.recipe.reward
-        text = self.learner.policy.tokenizer.decode(response.tolist(), skip_special_tokens=True)
-        return self.pool.verify(
-            r.name or self.task.verifier, text, prompt.record, {**self.task.verifier_options, **r.options}
-        )
+    async def _verify(self, prompt: Prompt, response: NDArray[np.int32]) -> Verdict:
+        text = self._text(response.tolist())
+        with self.learner.stopwatch.measure("verify"):  # beside generation: its seconds overlap
+            return await self.pool.verify(self.verifier, text, prompt.record, self.verifier_options)
+
+    def _text(self, response: Sequence[int]) -> str:
+        text: str = self.learner.policy.tokenizer.decode(response, skip_special_tokens=True)
+        return text
 
     def _on_group(self, group: Group) -> None:
         """On the collector's thread: make the group durable, then tell the scheduler."""
@@ -160,6 +258,61 @@ class Generator:
             waiting = len(self.in_flight)
         self.learner.display.show_phase("generate", f"{waiting} groups to go" if waiting else "done")
 
+    def publish(self, command: e.Publish) -> e.Published | e.PublishFailed | None:
+        """Pack, send, check, attest. None where the engine died: EngineLost comes from the watcher."""
+        learner = self.learner
+        learner.display.show_phase("publish", f"version {command.version}")
+        try:
+            report = self.publisher.publish(command.version)
+        except WeightMismatch as error:
+            learner.display.say(f"version {command.version} was refused: {error}")
+            return e.PublishFailed(command.version, error.parameter)
+        except EngineLost:
+            return None
+        learner.stopwatch.add("publish", report.seconds["total"] - report.seconds["attest"])
+        learner.stopwatch.add("attest", report.seconds["attest"])
+        learner.journal.published(command.version, learner.step, report.checksum, self.engine.options.incarnation)
+        self._count_tokens()
+        learner.version = command.version
+        learner.published = {"changed_share": report.changed_share}
+        if report.gap:
+            gap = {"mean": report.gap.mean, "max": report.gap.max, "k3": report.gap.k3}
+            learner.published |= {f"logprob_gap_{name}": value for name, value in gap.items()}
+        return e.Published(command.version)
+
+    def evaluate(self, command: e.Evaluate) -> e.EvaluationDone | None:
+        """Held-out pass@k of the version that serves; None where the engine died."""
+        learner, recipe = self.learner, self.recipe
+        learner.display.show_phase("evaluate", f"{len(self.task.held_out)} problems x {recipe.evaluation.n}")
+        try:
+            with learner.stopwatch.measure("evaluate"):
+                result = evaluate(
+                    *(self.task.held_out, self._responses, self._verdicts, recipe.evaluation),
+                    step=command.step,
+                    version=learner.version,
+                    seed=recipe.run.seed,
+                )
+        except EngineLost:
+            return None
+        append_evaluation(result, sorted({1, *recipe.evaluation.k}), learner.run_dir)
+        mean, error = result.pass_at_k(1)
+        learner.display.say(
+            f"pass@1 at step {command.step}: {mean:.4f} ± {error:.4f} on {len(result.problems)} problems"
+        )
+        return e.EvaluationDone(command.step)
+
+    def _responses(self, prompts: Sequence[Prompt], n: int, temperature: float) -> list[list[list[int]]]:
+        sampling = msgspec.structs.replace(self._sampling(), temperature=temperature)
+        samples = self.collector.generate_many(prompts, n, sampling)
+        responses = [[np.frombuffer(s.token_ids, "<i4").tolist() for s in group] for group in samples]
+        tokens = sum(len(r) for group in responses for r in group)
+        self.learner.journal.count_tokens(self.engine.options.incarnation, "evaluation", tokens)
+        return responses
+
+    def _verdicts(self, pairs: Sequence[tuple[Prompt, Sequence[int]]]) -> list[Verdict]:
+        items = [(self._text(response), prompt.record) for prompt, response in pairs]
+        return self.pool.verify_many(self.verifier, items, self.verifier_options)
+
     def _on_failure(self, error: BaseException) -> None:
         self.failure = error
         self.inbox.put(e.Stop(now=True))
@@ -181,10 +334,18 @@ class Generator:
             self._on_failure(error)
             return
         self.collector.attach(engine.client)
+        self.publisher.engine_restarted()
         self.inbox.put(e.EngineReady(0))
 
     def sleep(self, command: e.Sleep) -> e.Slept | None:
+        self._count_tokens()
         return self._answered(self.engine.client.sleep(command.tags), e.Slept())
+
+    def _count_tokens(self) -> None:
+        """Keep what this engine has generated so far; after its death nobody could tell."""
+        with contextlib.suppress(EngineLost):
+            counters = self.collector.call(self.engine.client.counters())
+            self.learner.journal.count_tokens(counters["incarnation"], "engine", counters["tokens_generated"])
 
     def wake(self, command: e.Wake) -> e.Awake | None:
         awake = e.Awake() if "weights" in command.tags else None  # the KV cache follows; nobody waits for it
@@ -197,3 +358,17 @@ class Generator:
         except EngineLost:
             return None
         return event
+
+
+def _as_group(number: int, token_ids: NDArray[np.int32]) -> Group:
+    """A sequence as a group of one rollout whose every token but the first is scored."""
+    length = len(token_ids)
+    mask = np.ones(length, np.uint8)
+    mask[0] = 0
+    prompt = Prompt(f"probe{number}", token_ids[:1], "probe")
+    zeros = np.zeros(length, np.float32)
+    rollout = Rollout(
+        *(f"probe.{number}.0", prompt.id, f"probe.{number}", 0, "probe", token_ids, 1, mask, zeros, ()),
+        *("stop", "scored", 0.0),
+    )
+    return Group(f"probe.{number}", prompt, (rollout,), 0)

@@ -56,7 +56,7 @@ def open_learner(recipe: Recipe, model: Model, run_dir: Path, display: Display) 
 
 @dataclass
 class Learner:
-    """Policy, optimizer and the files that make a step durable. `published` and `gap` are told by the generator."""
+    """Policy, optimizer and the files that make a step durable. `published`: what the last publish measured."""
 
     recipe: Recipe
     model: Model
@@ -72,8 +72,7 @@ class Learner:
     position: int = 0
     version: int = 0
     recorded_rewards: Mapping[str, NDArray[np.float64]] | None = None
-    gap: dict[str, float | None] = field(default_factory=dict)
-    counters: dict[str, int] = field(default_factory=dict)
+    published: dict[str, float | None] = field(default_factory=dict)
     reference: Policy | None = None
     behavior: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
@@ -163,11 +162,12 @@ class Learner:
 
     def _row(self, groups: list[Group], data: StepData, result: StepResult | None) -> dict[str, Any]:
         step_of = dict(self.journal.versions())
+        engine_tokens = self.journal.engine_tokens()
         lags = [self.step - 1 - step_of.get(g.version, 0) for g in groups]
         return {
             **data.metrics,
             **(result.metrics if result else {}),
-            **self.gap,
+            **self.published,
             **self.stopwatch.take(),
             "step": self.step,
             "policy_version": self.version,
@@ -175,8 +175,8 @@ class Learner:
             "lag_mean": float(np.mean(lags)),
             "lag_max": max(lags),
             "tokens_generated": sum(n for _, _, n in self.log.tokens()),
-            "engine_tokens": self.counters.get("tokens_generated"),
-            "ledger": ledger(self.log, self.journal, self.counters.get("tokens_generated")),
+            "engine_tokens": engine_tokens,
+            "ledger": ledger(self.log, self.journal, engine_tokens),
             "beta2": data.beta2,
             "learning_rate": learning_rate(self.recipe.optimizer, self.step - 1, self.recipe.schedule.steps),
         }

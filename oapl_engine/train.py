@@ -6,11 +6,12 @@ import os
 import queue
 import signal
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from oapl_engine.config import ConfigError, Recipe
-from oapl_engine.data.models import resolve_model
+from oapl_engine.data.model_folder import resolve_model
 from oapl_engine.generator import open_generator
 from oapl_engine.learner import open_learner
 from oapl_engine.report.display import Display
@@ -51,10 +52,10 @@ def run_recipe(recipe: Recipe) -> int:
 
 
 @contextmanager
-def stop_on_signal(inbox: queue.SimpleQueue[e.Event]):
+def stop_on_signal(inbox: queue.SimpleQueue[e.Event]) -> Iterator[None]:
     """Ctrl-C and SIGTERM ask for a clean checkpoint; a second one stops at once."""
 
-    def ask(number, _):
+    def ask(number: int, _: object) -> None:
         inbox.put(e.Stop())
         signal.signal(number, signal.default_int_handler)
 

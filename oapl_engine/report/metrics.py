@@ -17,7 +17,7 @@ KEYS = (
     *("seconds_verify", "seconds_train", "seconds_publish", "seconds_attest", "seconds_idle", "ledger"),
 )
 # Beyond the contract: what the run used, and the share of weight bytes that the last publish changed.
-EXTRA = ("beta2", "learning_rate", "changed_share", "seconds_total")
+EXTRA = ("beta2", "learning_rate", "changed_share", "seconds_evaluate", "seconds_total")
 
 
 class MetricsWriter:

@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+OVERLAPPING = ("verify",)  # summed over responses, while others generate
+
 
 class Stopwatch:
     """Adds up wall-clock seconds by name until they are taken."""
@@ -31,6 +33,6 @@ class Stopwatch:
         now = time.monotonic()
         total, self._last = now - self._last, now
         taken = {f"seconds_{name}": seconds for name, seconds in self._seconds.items()}
-        idle = max(0.0, total - sum(self._seconds.values()))
+        idle = max(0.0, total - sum(s for name, s in self._seconds.items() if name not in OVERLAPPING))
         self._seconds.clear()
         return {**taken, "seconds_idle": idle, "seconds_total": total}

@@ -64,7 +64,7 @@ class Journal:
         self._write("INSERT OR IGNORE INTO disposition VALUES (?, ?)", list(columns.items()))
 
     def count_tokens(self, incarnation: int, column: str, n: int) -> None:
-        """Tokens that an engine generated outside the log: evaluation; or its own total (column "engine")."""
+        """Tokens that an engine generated outside the log: evaluation; or its own total so far (column "engine")."""
         self._write("INSERT INTO tokens VALUES (?, ?, ?)", [(incarnation, column, n)])
 
     def _write(self, statement: str, rows: list[tuple]) -> None:
@@ -112,9 +112,17 @@ class Journal:
         with self._lock:
             return dict(self._db.execute('SELECT key, "column" FROM disposition').fetchall())
 
-    def token_counts(self) -> dict[str, int]:
+    def evaluation_tokens(self) -> int:
         with self._lock:
-            return dict(self._db.execute('SELECT "column", sum(n) FROM tokens GROUP BY "column"').fetchall())
+            row = self._db.execute("SELECT sum(n) FROM tokens WHERE \"column\" = 'evaluation'").fetchone()
+        return row[0] or 0
+
+    def engine_tokens(self) -> int | None:
+        """What the engines of all incarnations said last that they had generated; None without an engine."""
+        query = "SELECT sum(n) FROM (SELECT max(n) n FROM tokens WHERE \"column\" = 'engine' GROUP BY incarnation)"
+        with self._lock:
+            row = self._db.execute(query).fetchone()
+        return None if row[0] is None else int(row[0])
 
     def close(self) -> None:
         with self._lock:

@@ -17,7 +17,7 @@ def ledger(log: RolloutLog, journal: Journal, engine_tokens: int | None = None) 
     for key, status, tokens in log.tokens():
         column = "trained" if key in trained else disposed.get(key, "waiting" if status == "scored" else status)
         columns[column] += tokens
-    columns["evaluation"] += journal.token_counts().get("evaluation", 0)
+    columns["evaluation"] += journal.evaluation_tokens()
     if engine_tokens is not None:
         columns["lost"] += max(0, engine_tokens - sum(columns.values()))
     return dict(columns)
