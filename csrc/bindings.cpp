@@ -53,6 +53,14 @@ PYBIND11_MODULE(_epilogue, module) {
       },
       py::arg("sums"), py::arg("products"), py::arg("count"), py::arg("add"), py::arg("threads"));
 
+  module.def(
+      "checksum",
+      [](Address bytes, int64_t count, uint32_t seed_0, uint32_t seed_1, int threads) {
+        py::gil_scoped_release release;
+        return oapl::checksum(at<const unsigned char>(bytes), count, seed_0, seed_1, threads);
+      },
+      py::arg("bytes"), py::arg("count"), py::arg("seed_0"), py::arg("seed_1"), py::arg("threads"));
+
   module.def("instruction_set", &oapl::instruction_set);
   module.def("select_instruction_set", [](const std::string& name) {
     if (!oapl::select_instruction_set(name.c_str()))

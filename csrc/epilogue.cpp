@@ -21,6 +21,7 @@ struct Kernels {
   RowStatistics statistics, capped_statistics;
   RowGradient gradient, capped_gradient;
   void (*accumulate)(float*, const uint16_t*, int64_t, bool);
+  void (*hash)(const unsigned char*, int64_t, uint32_t, const uint32_t*, uint32_t*);
 };
 
 #define VECTOR_BYTES 16
@@ -131,6 +132,29 @@ void accumulate(float* sums, const uint16_t* products, int64_t count, bool add, 
     const int64_t begin = index * block;
     kernel(sums + begin, products + begin, std::min(block, count - begin), add);
   });
+}
+
+std::pair<uint32_t, uint32_t> checksum(const unsigned char* bytes, int64_t count, uint32_t seed_0, uint32_t seed_1,
+                                       int threads) {
+  const int64_t words = count / 4, block = 1 << 15;
+  const uint32_t seeds[2] = {seed_0, seed_1};
+  const auto kernel = current().kernels->hash;
+  std::atomic<uint32_t> sums[2] = {};
+  const auto add = [&](const unsigned char* from, int64_t number, int64_t first) {
+    uint32_t part[2];
+    kernel(from, number, (uint32_t)first, seeds, part);
+    for (int k = 0; k < 2; k++) sums[k] += part[k];
+  };
+  parallel((words + block - 1) / block, 1, threads, [&](int64_t index) {
+    const int64_t begin = index * block;
+    add(bytes + 4 * begin, std::min(block, words - begin), begin);
+  });
+  if (count % 4) {
+    unsigned char last[4] = {};
+    std::memcpy(last, bytes + 4 * words, count % 4);
+    add(last, 1, words);
+  }
+  return {sums[0], sums[1]};
 }
 
 }  // namespace oapl

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from head_reference import assert_within_twice, errors, fused, make_case, plain_autograd, relative_error
-from oapl_kernels import head, linear_logprob, matmul, sequence_sum
+from oapl_kernels import head, linear_logprob, matmul, sequence_sum, weight_pack
 from oapl_kernels.launches import INTERPRETED, LAUNCHES
 from oapl_kernels.objectives import grpo, oapl
 
@@ -48,7 +48,7 @@ def test_a_vocabulary_of_more_than_one_block():
 @pytest.mark.launches("row_statistics", "row_gradient")
 @pytest.mark.parametrize(("temperature", "softcap"), [(0.1, None), (10.0, None), (0.7, 3.0)])
 def test_temperature_softcap_and_entropy(temperature, softcap):
-    compare([7, 40], torch.float32, seeds=6, temperature=temperature, softcap=softcap, entropy_coefficient=0.02)
+    compare([7, 20], torch.float32, temperature=temperature, softcap=softcap, entropy_coefficient=0.02)
 
 
 @pytest.mark.launches("row_gradient")
@@ -118,3 +118,21 @@ def test_sequence_sums(dtype):
     found = sequence_sum(values, offsets, mask)
     exact = torch.stack([part.double().sum() for part in torch.where(mask, values, 0).split([1, 2499, 500])])
     torch.testing.assert_close(found.double(), exact, rtol=2e-7, atol=1e-6)
+
+
+@pytest.mark.launches("pack_block")
+@pytest.mark.parametrize("dtype", weight_pack.CASTS, ids=str)
+@pytest.mark.parametrize("count", [1, 3, 9001])
+def test_weights_are_packed_as_on_cpu(count, dtype, monkeypatch):
+    source = torch.randn(count, generator=torch.Generator().manual_seed(count))
+    payload, other = torch.empty(count, dtype=dtype), torch.empty(count, dtype=dtype)
+    found = weight_pack.checksums([weight_pack.pack(source, payload)])
+    monkeypatch.setattr(weight_pack, "runs_triton", lambda tensor: False)
+    assert found == weight_pack.checksums([weight_pack.pack(source, other)])
+    assert torch.equal(payload, other)
+
+
+@pytest.mark.launches("pack_block")
+def test_packing_refuses_what_is_not_finite():
+    with pytest.raises(ValueError, match="payload 0 holds 1 values"):
+        weight_pack.checksums([weight_pack.pack(torch.tensor([1.0, torch.nan]), torch.empty(2, dtype=torch.bfloat16))])

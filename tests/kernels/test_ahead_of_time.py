@@ -4,7 +4,7 @@ import re
 
 import pytest
 from ahead_of_time import SHARED_LIMIT, TARGETS, compile_kernel
-from oapl_kernels import epilogue_triton, scoring_triton, sequence_triton
+from oapl_kernels import epilogue_triton, scoring_triton, sequence_triton, weight_pack_triton
 
 EPILOGUE = {"vocabulary": "i32", "stride": "i32"}
 FLOATS = {"inverse_temperature": "fp32", "softcap": "fp32"}
@@ -51,7 +51,17 @@ def sum_sequence(target):
     )
 
 
+def pack_block(target, dtype="*bf16"):
+    pointers = {"source": "*fp32", "payload": dtype, "digest": "*i32"}
+    constants = {"BLOCK": weight_pack_triton.BLOCK, "INTERPRETED": False}
+    signature = pointers | {"count": "i32", "words": "i32"} | dict.fromkeys(constants, "constexpr")
+    options = {"num_warps": weight_pack_triton.WARPS}
+    return compile_kernel(weight_pack_triton.pack_block, signature, constants, target, list(pointers), **options)
+
+
 SHIPPED = {
+    "weight-pack-bf16": pack_block,
+    "weight-pack-fp32": lambda target: pack_block(target, "*fp32"),
     "score-bf16": score_tile,
     "score-fp16": lambda target: score_tile(target, "*fp16"),
     "sequence-sum": sum_sequence,

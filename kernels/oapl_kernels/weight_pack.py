@@ -1,0 +1,82 @@
+"""Weights on their way to an engine: cast, pack and checksum in one reading; check, then scatter.
+
+The checksum of a payload is over its bytes as little-endian u32 words w_i, zero-padded:
+h_k = sum_i fmix32(w_i xor fmix32(i + SEEDS[k])) mod 2^32 for k = 0, 1, returned as h_0 | h_1 << 32. It depends on the
+order of words, is summed in parallel, and is the same on every backend.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .backend import extension, runs_triton
+from .checks import check_tensor
+
+SEEDS = (0x9E3779B9, 0x7F4A7C15)
+CASTS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def pack(source: Tensor, payload: Tensor) -> Tensor:
+    """Cast source (any shape, to nearest even) into payload [n], a slice of a bucket that starts at a multiple of 16
+    bytes. Returns its digest [3] int32 (h_0, h_1, values that are not finite) on the same device, without waiting."""
+    check_tensor("source", source.reshape(-1), (len(payload),), CASTS, payload.device)
+    check_tensor("payload", payload, (None,), CASTS, source.device)
+    if not payload.is_contiguous() or payload.data_ptr() % 16:
+        raise ValueError(
+            f"payload starts at address {payload.data_ptr()} with strides {payload.stride()}; "
+            "allowed: contiguous, starting at a multiple of 16 bytes"
+        )
+    source = source.detach().contiguous().view(-1)
+    if runs_triton(payload):
+        from .weight_pack_triton import pack_words
+
+        return pack_words(source, payload)
+    payload.copy_(source)
+    infinite = len(payload) - int(torch.isfinite(payload).sum())
+    return torch.tensor([*_on_cpu(payload), infinite], dtype=torch.int64).to(torch.int32)
+
+
+def digest(payload: Tensor) -> Tensor:
+    """The digest [3] of a packed payload as it is."""
+    return pack(payload, payload)
+
+
+def checksums(digests: list[Tensor]) -> list[int]:
+    """The 64-bit checksums of digests, in one transfer; ValueError if a payload holds a value that is not finite."""
+    if not digests:
+        return []
+    values = torch.stack(digests).cpu().to(torch.int64) & 0xFFFFFFFF
+    for index, (_, _, infinite) in enumerate(values.tolist()):
+        if infinite:
+            raise ValueError(f"payload {index} holds {infinite} values that are not finite; allowed: finite weights")
+    return [low | high << 32 for low, high, _ in values.tolist()]
+
+
+def unpack(payloads: list[Tensor], destinations: list[Tensor], expected: list[int]) -> None:
+    """Check every payload [n] against its expected checksum, then copy each into its destination (any strides, n
+    elements). ValueError naming the first that differs; then nothing has been written."""
+    found = checksums([digest(payload) for payload in payloads])
+    for index, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+        if mine != theirs:
+            raise ValueError(f"payload {index} has checksum {mine:016x}; allowed: {theirs:016x}, as it was packed")
+    for payload, destination in zip(payloads, destinations, strict=True):
+        destination.copy_(payload.view(destination.shape))
+
+
+def _on_cpu(payload: Tensor) -> tuple[int, int]:
+    cpp = extension()
+    if cpp is not None:
+        count = payload.numel() * payload.element_size()
+        return cpp.checksum(payload.data_ptr(), count, *SEEDS, torch.get_num_threads())
+    data = payload.view(torch.uint8).numpy().tobytes()
+    words = np.frombuffer(data + bytes(-len(data) % 4), "<u4")
+    index = np.arange(len(words), dtype=np.uint64).astype(np.uint32)
+    low, high = (int(_mix(words ^ _mix(index + np.uint32(seed))).sum(dtype=np.uint64)) for seed in SEEDS)
+    return low & 0xFFFFFFFF, high & 0xFFFFFFFF
+
+
+def _mix(h: np.ndarray) -> np.ndarray:
+    """MurmurHash3's 32-bit finaliser."""
+    h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)

@@ -1,0 +1,90 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oapl_engine.weights.receiver.checksum import checksum as receivers_checksum
+from oapl_kernels import weight_pack
+from oapl_kernels.weight_pack import checksums, digest, pack, unpack
+
+
+def formula(data: bytes) -> int:
+    """contracts.md, word by word."""
+    data += bytes(-len(data) % 4)
+
+    def mix(h):
+        h = ((h ^ h >> 16) * 0x85EBCA6B) & 0xFFFFFFFF
+        h = ((h ^ h >> 13) * 0xC2B2AE35) & 0xFFFFFFFF
+        return h ^ h >> 16
+
+    words = [int.from_bytes(data[i : i + 4], "little") for i in range(0, len(data), 4)]
+    sums = [sum(mix(w ^ mix((i + seed) & 0xFFFFFFFF)) for i, w in enumerate(words)) for seed in weight_pack.SEEDS]
+    return sums[0] & 0xFFFFFFFF | (sums[1] & 0xFFFFFFFF) << 32
+
+
+@pytest.fixture(params=["C++", "numpy"])
+def implementation(request, monkeypatch):
+    if request.param == "numpy":
+        monkeypatch.setattr(weight_pack, "extension", lambda: None)
+    elif weight_pack.extension() is None:
+        pytest.skip("oapl_kernels._epilogue is not built (python setup.py build_ext --inplace)")
+
+
+@pytest.mark.parametrize("dtype", weight_pack.CASTS, ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 1000, 70001])
+def test_checksum_is_the_formula_and_the_receivers(implementation, count, dtype):
+    source = torch.randn(count)
+    payload = torch.empty(count, dtype=dtype)
+    (found,) = checksums([pack(source, payload)])
+    assert torch.equal(payload, source.to(dtype))
+    assert found == receivers_checksum(payload)
+    if count <= 1000:
+        assert found == formula(payload.view(torch.uint8).numpy().tobytes())
+
+
+@settings(max_examples=50, deadline=None)
+@given(values=st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=40), data=st.data())
+def test_any_changed_or_moved_value_changes_the_checksum(values, data):
+    payload = torch.tensor(values)
+    before = checksums([digest(payload)])
+    place, other = (data.draw(st.integers(0, len(values) - 1)) for _ in range(2))
+    changed = payload.clone()
+    changed[place] = payload[place] + 1 if place == other else payload[other]
+    changed[other] = payload[place] if place != other else changed[other]
+    same = torch.equal(changed.view(torch.int32), payload.view(torch.int32))
+    assert (checksums([digest(changed)]) == before) is same
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_refused(value):
+    source = torch.tensor([1.0, value, 2.0, value])
+    with pytest.raises(ValueError, match="payload 1 holds 2 values that are not finite"):
+        checksums([pack(torch.ones(4), torch.empty(4)), pack(source, torch.empty(4, dtype=torch.bfloat16))])
+
+
+def test_unpack_scatters_what_was_packed():
+    sources = [torch.randn(6, 4), torch.randn(5)]
+    payloads = [torch.empty(source.numel(), dtype=torch.bfloat16) for source in sources]
+    expected = checksums([pack(source, payload) for source, payload in zip(sources, payloads, strict=True)])
+    whole = torch.zeros(6, 9, dtype=torch.bfloat16)
+    destinations = [whole[:, 3:7], torch.zeros(5, dtype=torch.bfloat16)]
+    unpack(payloads, destinations, expected)
+    assert torch.equal(whole[:, 3:7], sources[0].bfloat16())
+    assert torch.equal(destinations[1], sources[1].bfloat16())
+    assert (whole[:, :3] == 0).all()
+
+
+def test_one_wrong_payload_writes_nothing():
+    payloads = [torch.randn(8), torch.randn(8)]
+    expected = checksums([digest(payload) for payload in payloads])
+    payloads[1][3] += 1
+    destinations = [torch.zeros(8), torch.zeros(8)]
+    with pytest.raises(ValueError, match=r"payload 1 has checksum [0-9a-f]{16}; allowed: [0-9a-f]{16}"):
+        unpack(payloads, destinations, expected)
+    assert all((destination == 0).all() for destination in destinations)
+
+
+def test_bad_payloads_are_named():
+    with pytest.raises(ValueError, match=r"source has shape \[4\]; allowed: \[5\]"):
+        pack(torch.zeros(4), torch.zeros(5))
+    with pytest.raises(ValueError, match="starting at a multiple of 16 bytes"):
+        pack(torch.zeros(4), torch.zeros(9)[1:5])
