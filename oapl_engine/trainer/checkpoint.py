@@ -1,8 +1,8 @@
 """Checkpoints: a Hugging Face folder plus optimizer, RNG and what the run adds; whole and verified, or not there.
 
 Written to a temporary folder, every file hashed and fsynced, the manifest last, then renamed: a kill at any moment
-leaves the earlier checkpoints as they were. A damaged file is named and never used. No pickle: safetensors and JSON only. What
-is not the model lies in the subfolder `trainer`, because vLLM loads every *.safetensors beside config.json.
+leaves the earlier checkpoints as they were. A damaged file is named and never used. No pickle: safetensors and JSON.
+What is not the model lies in the subfolder `trainer`, because vLLM loads every *.safetensors beside config.json.
 """
 
 from __future__ import annotations

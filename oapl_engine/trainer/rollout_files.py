@@ -7,9 +7,10 @@ rewards that were recorded for the prompt, for the group value; its behaviour lo
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ IDENTITY = ("key", "prompt_id", "group", "sample", "version_first", "version_las
 OURS = (*IDENTITY, "prompt_token_ids", "response_token_ids", "behavior_logprobs", "reward", "status")
 AUTHORS = ("prompt", "response", "precomputed_reward", "response_rewards")
 STATUSES = ("scored", "invalid", "aborted", "lost")
+Row = tuple[str, dict[str, Any]]  # where ("FILE line 3"), and the fields
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,11 @@ class Limits:
 def read_rollouts(path: str | Path, limits: Limits, tokenizer: Any = None) -> RolloutFile:
     """All rollouts of a .jsonl or .parquet file; the tokenizer is needed for text. ConfigError names file and line."""
     path = Path(path)
-    rows = list(_rows(path))
-    if not rows:
+    rows = _rows(path)
+    first = next(rows, None)
+    if first is None:
         raise ConfigError(f"rollouts {path}: the file is empty")
-    found = set(rows[0][1])
+    found, rows = set(first[1]), itertools.chain([first], rows)
     if set(OURS) <= found:
         return _ours(path, rows, limits)
     if set(AUTHORS) <= found:
@@ -68,8 +71,7 @@ def read_rollouts(path: str | Path, limits: Limits, tokenizer: Any = None) -> Ro
     )
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row): "FILE line 3"."""
+def _rows(path: Path) -> Iterator[Row]:
     if not path.is_file():
         raise ConfigError(f"rollouts {path}: {'is a directory' if path.is_dir() else 'does not exist'}; name a file")
     if path.suffix == ".parquet":
@@ -79,7 +81,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     raise ConfigError(f'rollouts {path}: unknown kind "{path.suffix}"; use .jsonl or .parquet')
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _jsonl_rows(path: Path) -> Iterator[Row]:
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             where = f"{path} line {number}"
@@ -92,7 +94,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, row
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(path: Path) -> Iterator[Row]:
     number = 0
     try:
         for batch in pq.ParquetFile(path).iter_batches(1024):
@@ -103,7 +105,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ConfigError(f"rollouts {path} is damaged or no Parquet file: {error}") from error
 
 
-def _ours(path: Path, rows: Sequence[tuple[str, dict[str, Any]]], limits: Limits) -> RolloutFile:
+def _ours(path: Path, rows: Iterable[Row], limits: Limits) -> RolloutFile:
     groups: dict[str, list[Rollout]] = {}
     seen: set[str] = set()
     behavior = True
@@ -172,24 +174,26 @@ def _spans(where: str, row: dict[str, Any], tokens: int, limits: Limits) -> tupl
 
 
 def _tokens(where: str, name: str, values: Any, limits: Limits) -> NDArray[np.int32]:
-    if not isinstance(values, list) or any(type(v) is not int for v in values):
+    ids = np.array(values if isinstance(values, list) and values else np.zeros(0, np.int64))
+    if not isinstance(values, list) or ids.dtype.kind != "i" or ids.ndim != 1:
         raise ConfigError(f"{where}: {name} must be a list of integers")
-    for value in values:
-        if not 0 <= value < limits.vocabulary:
-            raise ConfigError(f"{where}: {name} holds {value}; the model's token ids are 0 to {limits.vocabulary - 1}")
-    return np.array(values, np.int32)
+    wrong = ids[(ids < 0) | (ids >= limits.vocabulary)]
+    if len(wrong):
+        raise ConfigError(f"{where}: {name} holds {wrong[0]}; the model's token ids are 0 to {limits.vocabulary - 1}")
+    return ids.astype(np.int32)
 
 
 def _behavior(where: str, values: Any, mask: NDArray[np.uint8], response: NDArray[np.int32]) -> NDArray[np.float32]:
     if not isinstance(values, list) or not len(values) == len(mask) == len(response):
         raise ConfigError(f"{where}: behavior_logprobs must be {len(response)} numbers, one a response token")
-    for i, (value, scored) in enumerate(zip(values, mask, strict=True)):
-        if scored and not (isinstance(value, int | float) and math.isfinite(value) and value <= 0):
-            raise ConfigError(
-                f"{where}: behavior_logprobs[{i}] = {value}; a log-prob is finite and at most 0. Without them, set "
-                'all of behavior_logprobs to null and objective.behavior = "recomputed"'
-            )
-    return np.where(mask, np.array([0 if v is None else v for v in values], np.float32), np.float32(0))
+    numbers = np.array(values, np.float64)  # None becomes NaN
+    wrong = np.flatnonzero((mask != 0) & ~(np.isfinite(numbers) & (numbers <= 0)))
+    if len(wrong):
+        raise ConfigError(
+            f"{where}: behavior_logprobs[{wrong[0]}] = {values[wrong[0]]}; a log-prob is finite and at most 0. Without "
+            'them, set all of behavior_logprobs to null and objective.behavior = "recomputed"'
+        )
+    return np.where(mask, numbers, 0).astype(np.float32)
 
 
 def _reward(where: str, name: str, value: Any) -> float:
@@ -198,7 +202,7 @@ def _reward(where: str, name: str, value: Any) -> float:
     return float(value)
 
 
-def _authors(rows: Sequence[tuple[str, dict[str, Any]]], limits: Limits, tokenizer: Any) -> RolloutFile:
+def _authors(rows: Iterable[Row], limits: Limits, tokenizer: Any) -> RolloutFile:
     groups: dict[str, list[Rollout]] = {}
     recorded: dict[str, NDArray[np.float64]] = {}
     for where, row in rows:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from oapl_engine.samples import PromptSpan
-from oapl_engine.trainer.attention import attention_kernel, plan_attention, segment_attention, varlen_attention
+from oapl_engine.trainer.attention import _varlen, attention_kernel, plan_attention, segment_attention, varlen_attention
 
 CPU = torch.device("cpu")
 # prefix of 5 with responses 3, 1; unshared 4 and 6; a prefix longer than one small call; one response on its own
@@ -72,6 +72,18 @@ def test_forms_against_dense_mask(form, window, softcap):
     torch.testing.assert_close(out, dense(*inputs, window, softcap), atol=1e-12, rtol=1e-12)
     for found, wanted in zip(torch.autograd.grad((out * upstream).sum(), inputs), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.gpu
+def test_varlen_kernel_on_a_gpu():
+    """torch's varlen flash kernel in bf16 is as far from float64 as SDPA in bf16 is, within a factor of two."""
+    device = torch.device("cuda")
+    exact = segment_attention(*tensors(), plan_attention(SPANS, CPU), 0.3)
+    inputs = [x.detach().to(device, torch.bfloat16) for x in tensors()]
+    plan = plan_attention(SPANS, device, "varlen")
+    found = varlen_attention(*(x[0] for x in inputs), plan, _varlen, 0.3)[None].cpu()
+    peer = segment_attention(*inputs, plan, 0.3).cpu()
+    assert (found - exact).abs().max() <= 2 * (peer - exact).abs().max()
 
 
 def test_gather_only_where_shared():

@@ -10,7 +10,9 @@ import pytest
 import torch
 from oapl_kernels.objectives import oapl
 
+from oapl_engine import config
 from oapl_engine.trainer import attention
+from oapl_engine.trainer.model import _prepare_training
 from oapl_engine.trainer.packing import pack
 from oapl_engine.trainer.score import score
 from oapl_engine.trainer.step import accumulate_gradients
@@ -121,6 +123,17 @@ def test_checkpointed_activations(make_policy, groups, relative):
     policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _, again = ours(policy, pack(items, 400, True), 14)
     assert relative(again, plain) <= 1e-6
+
+
+@pytest.mark.slow
+def test_compiled_layers(make_policy, groups, relative):
+    """torch.compile with recomputation, batches of other lengths without compiling anew: the same gradient."""
+    policy, items = make_policy(), groups.items(groups.ragged())
+    batches = [pack(items, 10_000, True), pack(items, 400, False)]
+    plain = [ours(policy, b, 14)[1] for b in batches]
+    _prepare_training(policy, config.Train(compile=True, checkpoint_activations=True))
+    for batch, expected in zip(batches, plain, strict=True):
+        assert relative(ours(policy, batch, 14)[1], expected) <= 5e-6
 
 
 def test_bfloat16_gap(make_policy, groups, gold, relative, figure):
