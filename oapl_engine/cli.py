@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from oapl_engine import __version__
-from oapl_engine.config import ConfigError, Recipe, SftRecipe, describe, load_recipe, load_sft_recipe
+from oapl_engine.config import ConfigError, Recipe, RunError, SftRecipe, describe, load_recipe, load_sft_recipe
 
 OK, FAILED, BAD_INPUT, DIFFERENCE, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -31,6 +31,9 @@ def guarded(work: Callable[[], int]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return INTERRUPTED
@@ -84,9 +87,24 @@ def _fields_help(schema: type) -> str:
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     recipe = load_recipe(arguments.recipe, overrides)
+    _make_model(recipe, Path(arguments.recipe).parent)
     from oapl_engine.train import run_recipe
 
     return run_recipe(recipe)
+
+
+def _make_model(recipe: Recipe, folder: Path) -> None:
+    """Where the model is missing and a warm start beside the recipe writes it, make it first."""
+    if Path(recipe.model.path).exists():
+        return
+    for path in sorted(folder.glob("*sft*.toml")):
+        sft = load_sft_recipe(path)
+        if sft.model.out == recipe.model.path:
+            print(f"{recipe.model.path} is missing: oapl sft {path}", file=sys.stderr)
+            from oapl_engine.sft import run_sft
+
+            run_sft(sft)
+            return
 
 
 def _sft(arguments: argparse.Namespace, overrides: list[str]) -> int:

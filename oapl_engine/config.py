@@ -25,6 +25,10 @@ class ConfigError(ValueError):
     """Bad input in a recipe or on the command line: exit code 2."""
 
 
+class RunError(RuntimeError):
+    """A run cannot go on, for a reason that its message explains: told in one line, exit code 1."""
+
+
 @dataclass(frozen=True, config=STRICT)
 class Run:
     """Where a run lives and what makes it repeatable."""

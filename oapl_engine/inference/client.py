@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from oapl_engine.config import RunError
 from oapl_engine.inference import protocol
 from oapl_engine.inference.protocol import Reply, Request, Sample, Sampling
 
@@ -22,7 +23,7 @@ class EngineLost(ConnectionError):
     """The engine process is gone; whatever it was computing is lost."""
 
 
-class EngineRefused(RuntimeError):
+class EngineRefused(RunError):
     """The engine is well but does not carry out this call; the message says why."""
 
 

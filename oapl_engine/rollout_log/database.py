@@ -5,10 +5,12 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
+from oapl_engine.config import RunError
+
 NETWORK = ("nfs", "nfs4", "lustre", "cifs", "smb3", "fuse.sshfs", "beegfs", "gpfs", "ceph")
 
 
-class LogDamaged(RuntimeError):
+class LogDamaged(RunError):
     """A stored row or file does not match its checksum, or is no database."""
 
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from oapl_engine import config
+from oapl_engine.config import RunError
 from oapl_engine.trainer.model import Policy, load_policy, published_weights, quiet
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ OPTIMIZER, RNG, EXTRA = f"{STATE}/optimizer.safetensors", f"{STATE}/rng.safetens
 ADAPTER, PUBLISHED = f"{STATE}/adapter.safetensors", f"{STATE}/published.safetensors"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A checkpoint cannot be written, or none of those there can be used."""
 
 

@@ -10,12 +10,13 @@ import torch
 from oapl_kernels import Objective, PolicyLoss
 from torch import Tensor
 
+from oapl_engine.config import RunError
 from oapl_engine.samples import Batch
 from oapl_engine.trainer.head import policy_loss
 from oapl_engine.trainer.model import Policy
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """A NaN or Inf in reward, log-prob, loss or gradient. The weights, and the optimizer's state, are untouched."""
 
 
