@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from oapl_engine.config import RunError
+
 Logprobs = NDArray[np.float32]
 
 # mean |difference| of golden log-probs, nats a token: rounding noise is 1e-5 (float32) and 3e-2 (bfloat16)
@@ -16,7 +18,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15}
 ENOUGH_CHANGED = 512  # elements; fewer could hide below the rounding of a log-prob
 
 
-class WeightMismatch(RuntimeError):
+class WeightMismatch(RunError):
     """A version was refused; the engine serves nothing until a complete one arrives. parameter: the one at fault."""
 
     def __init__(self, parameter: str, expected: str, found: str) -> None:
@@ -41,11 +43,13 @@ class Golden:
 
 @dataclass(frozen=True)
 class Gap:
-    """Engine against trainer on the golden prompts: |difference| of log-probs and its sign-keeping mean, nats a token."""
+    """Engine against trainer on the golden prompts: |difference| of log-probs and its sign-keeping mean, nats a token;
+    k3: mean of r - 1 - ln r with r = π_trainer / π_engine, an estimate of their KL divergence (Schulman, 2020)."""
 
     mean: float
     max: float
     bias: float
+    k3: float
 
 
 def check_checksums(expected: dict[str, int], reports: Sequence[dict[str, Any]]) -> None:
@@ -59,7 +63,7 @@ def check_checksums(expected: dict[str, int], reports: Sequence[dict[str, Any]])
 
 
 def check_golden(golden: Golden, engine: list[Logprobs]) -> Gap:
-    """The engine's log-probs against the trainer's. Raises WeightMismatch past the tolerance, or if one is not finite."""
+    """The engine's log-probs against the trainer's. Raises WeightMismatch past the tolerance, or at NaN."""
     trainer = golden.trainer_logprobs(golden.prompts)
     for number, (ours, theirs) in enumerate(zip(trainer, engine, strict=True)):
         difference = float(np.abs(np.asarray(ours) - theirs).mean())
@@ -67,7 +71,8 @@ def check_golden(golden: Golden, engine: list[Logprobs]) -> Gap:
             what = f"log-probs within {golden.tolerance} nats a token of the trainer's"
             raise WeightMismatch(f"golden prompt {number}", what, f"a mean difference of {difference:.4g}")
     gap = np.concatenate(engine) - np.concatenate(trainer)
-    return Gap(float(np.abs(gap).mean()), float(np.abs(gap).max()), float(gap.mean()))
+    k3 = float(np.mean(np.expm1(-gap.astype(np.float64)) + gap))
+    return Gap(float(np.abs(gap).mean()), float(np.abs(gap).max()), float(gap.mean()), k3)
 
 
 def check_staleness(changed: int, engine: list[Logprobs], previous: list[Logprobs] | None) -> None:

@@ -154,8 +154,8 @@ class Publisher:
                 if len(under_way) == 2:
                     under_way.popleft().result()
                 with clock("pack"):
-                    sums = [self._pack(slot, tensor) for slot, tensor in zip(slots, tensors, strict=True)]
-                expected.update(zip((s.name for s in slots), sums, strict=True))
+                    sums = {s.name: self._pack(s, tensor) for s, tensor in zip(slots, tensors, strict=True)}
+                expected.update(sums)
                 payload = {"bucket": bucket, "checksums": sums}
                 under_way.append(self._sender.submit(self._phase, "bucket", payload))
                 sent += sum(t.numel() for t in tensors) * self.dtype.itemsize
@@ -165,7 +165,7 @@ class Publisher:
         return expected, sent
 
     def _by_bucket(self) -> Iterator[tuple[list[Slot], list[torch.Tensor]]]:
-        """The trainer's tensors, bucket by bucket. Raises WeightMismatch if one is missing, new, or of another shape."""
+        """The trainer's tensors, bucket by bucket. Raises WeightMismatch if one is missing, new or reshaped."""
         slots: list[Slot] = []
         tensors: list[torch.Tensor] = []
         offered = iter(self._distinct())
