@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import _epilogue
+from . import _epilogue  # type: ignore[attr-defined]
 from .scratch import cast_in_place
 
 

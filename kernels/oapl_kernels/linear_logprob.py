@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from .checks import check_head, check_target
+from .compiler import opaque
 from .head import Head, HeadOptions, compute_dtype
 from .matmul import WeightGradient, hidden_product
 from .scratch import scratch
+from .sequence import spread
 from .vocabulary import Vocabulary
 
 
@@ -20,7 +22,6 @@ class _LinearLogprob(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        counted: Tensor,
         options: HeadOptions,
     ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(hidden)
@@ -28,24 +29,23 @@ class _LinearLogprob(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             head = Head(weight, bias, options, len(hidden))
-            local = head.vocabulary.local_target(target, counted)
+            local = head.vocabulary.local_target(target)
             stats = scratch(4, len(hidden), dtype=head.dtype, device=hidden.device)
             for rows in _chunks(len(hidden), head.chunk_tokens):
                 stats[:, rows] = head.score(hidden[rows], local[rows])
         ctx.options = options
-        ctx.save_for_backward(hidden, weight, bias, local, counted, stats)
+        ctx.save_for_backward(hidden, weight, bias, local, stats)
         ctx.set_materialize_grads(False)
-        return torch.where(counted, stats[0], 0), torch.where(counted, stats[1], 0)
+        return stats[0], stats[1]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         by_logprob, by_entropy = upstream
-        hidden, weight, bias, target, counted, stats = ctx.saved_tensors
+        hidden, weight, bias, target, stats = ctx.saved_tensors
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         head = Head(weight, bias, ctx.options, len(hidden))
-        coefficient = _masked(torch.zeros_like(stats[0]) if by_logprob is None else by_logprob, counted)
-        entropy_coefficient = None if by_entropy is None else _masked(by_entropy, counted)
+        coefficient = torch.zeros_like(stats[0]) if by_logprob is None else by_logprob
         kept = head.dtype if hidden.dtype == torch.float16 else hidden.dtype
         hidden_sum = scratch(*hidden.shape, dtype=kept, device=hidden.device) if want_hidden else None
         main = WeightGradient(
@@ -53,7 +53,7 @@ class _LinearLogprob(torch.autograd.Function):
         )
         for rows in _chunks(len(hidden), head.chunk_tokens):
             logits = head.logits(hidden[rows])
-            by_row = None if entropy_coefficient is None else entropy_coefficient[rows]
+            by_row = None if by_entropy is None else by_entropy[rows]
             grad = head.gradient(logits, target[rows], stats[:, rows], coefficient[rows], by_row)
             if hidden_sum is not None:
                 hidden_product(grad, weight, hidden_sum[rows])
@@ -67,7 +67,6 @@ class _LinearLogprob(torch.autograd.Function):
             *(g if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)),
             None,
             None,
-            None,
         )
 
 
@@ -75,10 +74,7 @@ def _chunks(tokens: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
 
-def _masked(values: Tensor, counted: Tensor) -> Tensor:
-    return torch.where(counted, values, 0)
-
-
+@opaque
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -103,5 +99,10 @@ def linear_logprob(
     check_head(hidden, weight, bias, temperature, softcap, chunk_tokens, same_dtype)
     options = HeadOptions(temperature, softcap, chunk_tokens, backend, Vocabulary(weight, process_group))
     counted = check_target(target, len(hidden), options.vocabulary.size, ignore_index, hidden.device)
-    logprob, entropy = _LinearLogprob.apply(hidden, weight, bias, target, counted, options)
+    rows = None if counted.all() else counted.nonzero()[:, 0]
+    if rows is not None:  # ignored tokens cost nothing: only the others reach the head
+        hidden, target = hidden[rows], target[rows]
+    logprob, entropy = _LinearLogprob.apply(hidden, weight, bias, target, options)
+    if rows is not None:
+        logprob, entropy = spread(logprob, rows, len(counted)), spread(entropy, rows, len(counted))
     return (logprob, entropy) if return_entropy else logprob

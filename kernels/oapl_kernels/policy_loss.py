@@ -13,12 +13,13 @@ from torch import Tensor
 
 from .checks import FLOATS, MASKS, check_head, check_logprob, check_offsets, check_target, check_tensor
 from .chunks import Chunk, plan_chunks
+from .compiler import opaque
 from .head import Head, HeadOptions, compute_dtype
 from .matmul import WeightGradient, hidden_product, wide
 from .objectives import oapl
 from .objectives.objective import LossFunction, Objective, PolicyInputs
 from .scratch import scratch
-from .sequence import sequence_sum
+from .sequence import sequence_sum, spread
 from .vocabulary import Vocabulary
 
 
@@ -95,8 +96,8 @@ class _Deferred:
             if len(values) and (values - scale).abs().max() > 1e-4 * values.abs().max():
                 raise ValueError(
                     f"objective {name!r} has scope 'sequence' but its derivative varies from "
-                    f"{float(values.min()):.3g} to {float(values.max()):.3g} within a sequence of {len(coefficient)} tokens; allowed: one value a "
-                    f"sequence. Use scope 'token', or chunk_tokens >= {len(coefficient)}"
+                    f"{float(values.min()):.3g} to {float(values.max()):.3g} within a sequence of {len(coefficient)} "
+                    f"tokens; allowed: one value a sequence. Use scope 'token', or chunk_tokens >= {len(coefficient)}"
                 )
             main.add_scaled(self.sums, scale)
 
@@ -201,6 +202,8 @@ class _SinglePass:
         return self.spare[: len(logits)].copy_(logits)
 
     def _products(self, chunk: Chunk, logits: Tensor, stats: Tensor, coefficient: Tensor) -> None:
+        if chunk.start == chunk.end:  # sequences whose tokens are all ignored
+            return
         rows = slice(chunk.start, chunk.end)
         entropy_row = None if self.entropy_row is None else self.entropy_row[rows]
         grad = self.head.gradient(logits, self.target[rows], stats, coefficient, entropy_row)
@@ -214,7 +217,6 @@ class _Call(NamedTuple):
     """The arguments of `fused_policy_loss` that autograd does not look at."""
 
     target: Tensor
-    counted: Tensor
     offsets: list[int]
     objective: Objective
     inputs: PolicyInputs
@@ -246,7 +248,7 @@ class _FusedPolicyLoss(torch.autograd.Function):
             single = _SinglePass(
                 head,
                 hidden,
-                head.vocabulary.local_target(call.target, call.counted),
+                head.vocabulary.local_target(call.target),
                 call.objective,
                 call.inputs,
                 call.normalizer,
@@ -259,11 +261,9 @@ class _FusedPolicyLoss(torch.autograd.Function):
                 head.vocabulary.reduce(hidden_sum)
         ctx.gradients = [hidden_sum, None if given is not None else weight_sum, bias_sum]
         ctx.added = given is not None
-        logprob = torch.where(call.counted, single.logprob, 0)
-        entropy = torch.where(call.counted, single.entropy, 0)
-        ctx.mark_non_differentiable(logprob, entropy)
+        ctx.mark_non_differentiable(single.logprob, single.entropy)
         ctx.set_materialize_grads(False)
-        return single.loss, logprob, entropy
+        return single.loss, single.logprob, single.entropy
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -309,6 +309,7 @@ def _complete(inputs: PolicyInputs, cu_seqlens: Tensor, counted: Tensor, tokens:
     return replace(inputs, mask=trained, cu_seqlens=cu_seqlens)
 
 
+@opaque
 def fused_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -358,11 +359,16 @@ def fused_policy_loss(
         record and bias is not None and bias.requires_grad,
     )
     added = weight_grad if record else None
-    call = _Call(
-        target, counted, offsets, objective, inputs, float(normalizer), entropy_coefficient, added, options, wants
-    )
+    rows = None if counted.all() else counted.nonzero()[:, 0]
+    if rows is not None:  # ignored tokens cost nothing: only the others reach the head
+        before = torch.nn.functional.pad(counted.cumsum(0), (1, 0))[cu_seqlens.long()]
+        hidden, target, inputs, offsets = hidden[rows], target[rows], inputs.rows(rows, before), before.tolist()
+    call = _Call(target, offsets, objective, inputs, float(normalizer), entropy_coefficient, added, options, wants)
     loss, logprob, entropy = _FusedPolicyLoss.apply(hidden, weight, bias, call)
-    return PolicyLoss(loss, logprob, entropy, sequence_sum(logprob, cu_seqlens, inputs.mask))
+    sums = sequence_sum(logprob, inputs.offsets(), inputs.mask)
+    if rows is not None:
+        logprob, entropy = spread(logprob, rows, tokens), spread(entropy, rows, tokens)
+    return PolicyLoss(loss, logprob, entropy, sums)
 
 
 def oapl_loss(

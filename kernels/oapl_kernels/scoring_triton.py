@@ -4,6 +4,7 @@ One program a tile of [tokens, vocabulary]; it leaves the tile's max, sum and we
 For half precision on a GPU, where scoring is all that is asked; a loss needs the logits again and takes the epilogue.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 import torch
 import triton
 import triton.language as tl
@@ -130,7 +131,7 @@ def score(
         num_warps=WARPS,
         num_stages=STAGES,
     )
-    return _merge(*partial, chosen, target)
+    return _merge(partial[0], partial[1], partial[2], chosen, target)
 
 
 def _merge(top: Tensor, total: Tensor, weighted: Tensor, chosen: Tensor, target: Tensor) -> Tensor:

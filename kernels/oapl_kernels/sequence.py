@@ -30,6 +30,11 @@ class _SequenceSum(torch.autograd.Function):
         return spread.to(ctx.dtype), None, None
 
 
+def spread(values: Tensor, rows: Tensor, tokens: int) -> Tensor:
+    """values [t] at rows [t] of zeros [tokens], differentiable."""
+    return values.new_zeros(tokens).index_copy(0, rows, values)
+
+
 def sequence_sum(token_values: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None) -> Tensor:
     """Sum of token_values [T] over each sequence -> [N], fp32 (fp64 for fp64), differentiable, deterministic.
 

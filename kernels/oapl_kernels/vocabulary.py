@@ -19,12 +19,13 @@ class Vocabulary:
         self.size, self.offset = int(sizes.sum()), int(sizes[:rank].sum())
         self.local = len(weight)
 
-    def local_target(self, target: Tensor, counted: Tensor) -> Tensor:
-        """target [T] as rows of this rank's weight; -1 where ignored or on another rank."""
+    def local_target(self, target: Tensor) -> Tensor:
+        """target [T] as rows of this rank's weight; -1 on another rank."""
+        target = target.long()
         if self.group is None:
-            return torch.where(counted, target, -1).long()
+            return target
         local = target - self.offset
-        return torch.where(counted & (local >= 0) & (local < self.local), local, -1).long()
+        return torch.where((local >= 0) & (local < self.local), local, -1)
 
     def combine(self, statistics: Tensor, target: Tensor) -> Tensor:
         """[4, t] of this rank's rows -> of the whole vocabulary, the same bits on every rank."""

@@ -6,11 +6,11 @@ import pytest
 import torch
 from oapl_kernels import Objective, PolicyInputs, fused_policy_loss
 from oapl_kernels.backend import extension
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 NOT_BUILT = "oapl_kernels._epilogue is not built (python setup.py build_ext --inplace)"
 CPU = pytest.param("cpu", marks=pytest.mark.skipif(extension() is None, reason=NOT_BUILT))
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @dataclass(frozen=True)

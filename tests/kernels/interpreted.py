@@ -1,4 +1,4 @@
-"""Collected by test_interpreter.py, in a process with TRITON_INTERPRET=1: every Triton kernel through the public API."""
+"""Run by test_interpreter.py under TRITON_INTERPRET=1: every Triton kernel through the public API."""
 
 from dataclasses import replace
 
@@ -77,7 +77,7 @@ def test_everything_masked():
     assert (fused(case, chunk_tokens=16, backend="triton")["weight"] == 0).all()
 
 
-@pytest.mark.launches()
+@pytest.mark.launches
 def test_no_tokens_launch_nothing():
     nothing = linear_logprob(torch.zeros(0, 4), torch.ones(5, 4), torch.zeros(0, dtype=torch.int64), backend="triton")
     assert nothing.shape == (0,)

@@ -22,7 +22,7 @@ def test_golden_values_of_the_paper(correct, value):
 )
 def test_value_is_the_published_formula_and_lies_between_mean_and_maximum(rewards, beta1):
     cu_groups = torch.tensor([0, *torch.tensor([len(group) for group in rewards]).cumsum(0)])
-    value = group_value(torch.tensor(sum(rewards, []), dtype=torch.float64), cu_groups, beta1)
+    value = group_value(torch.tensor([r for group in rewards for r in group], dtype=torch.float64), cu_groups, beta1)
     for found, group in zip(value, rewards, strict=True):
         exact = torch.tensor(group, dtype=torch.float64)
         mean, top = float(exact.mean()), float(exact.max())

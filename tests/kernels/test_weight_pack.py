@@ -2,9 +2,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oapl_engine.weights.receiver.checksum import checksum as receivers_checksum
 from oapl_kernels import weight_pack
 from oapl_kernels.weight_pack import checksums, digest, pack, unpack
+
+from oapl_engine.weights.receiver.checksum import checksum as receivers_checksum
 
 
 def formula(data: bytes) -> int:

@@ -1,4 +1,4 @@
-"""One rank of test_vocabulary.py: compares its part of a sharded head with the whole one. Arguments: rank, world, file."""
+"""One rank of test_vocabulary.py: its part of a sharded head against the whole one. Arguments: rank, world, file."""
 
 import sys
 

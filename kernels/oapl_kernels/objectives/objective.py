@@ -67,6 +67,13 @@ class PolicyInputs:
             cu_seqlens=self.offsets()[start : end + 1] - first_token,
         )
 
+    def rows(self, rows: Tensor, cu_seqlens: Tensor) -> "PolicyInputs":
+        """These tokens of the same sequences."""
+        names = ("behavior_logprob", "proximal_logprob", "reference_logprob", "mask")
+        values = {name: getattr(self, name) for name in names}
+        kept = {name: None if value is None else value[rows] for name, value in values.items()}
+        return replace(self, cu_seqlens=cu_seqlens, **kept)
+
 
 LossFunction = Callable[[Tensor, PolicyInputs], Tensor]
 
