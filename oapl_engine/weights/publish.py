@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,8 @@ class Publisher:
                 self.control("pause", {"mode": self.on_publish})
             self._attach()
             self._phase("start", {"version": version})
-            expected, sent = self._send(clock)
+            with clock("transfer"):
+                expected, sent = self._send(clock)
             with clock("finish"):
                 reports = self._phase("finish", {})["reports"]
             with clock("attest"):
@@ -148,20 +149,21 @@ class Publisher:
         """Pack a bucket while the engine takes the one before. Returns checksums by name, and bytes."""
         expected: dict[str, int] = {}
         under_way: deque[Future[Any]] = deque()
-        sent, bucket = 0, 0
-        with clock("transfer"):
+        sent = 0
+        try:
             for slots, tensors in self._by_bucket():
                 if len(under_way) == 2:
                     under_way.popleft().result()
                 with clock("pack"):
                     sums = {s.name: self._pack(s, tensor) for s, tensor in zip(slots, tensors, strict=True)}
                 expected.update(sums)
-                payload = {"bucket": bucket, "checksums": sums}
+                payload = {"bucket": slots[0].bucket, "checksums": sums}
                 under_way.append(self._sender.submit(self._phase, "bucket", payload))
                 sent += sum(t.numel() for t in tensors) * self.dtype.itemsize
-                bucket += 1
             for future in under_way:
                 future.result()
+        finally:
+            wait(under_way)  # after a failure too: no bucket of this version may reach the engine later
         return expected, sent
 
     def _by_bucket(self) -> Iterator[tuple[list[Slot], list[torch.Tensor]]]:
@@ -187,12 +189,12 @@ class Publisher:
     def _pack(self, slot: Slot, tensor: torch.Tensor) -> int:
         """Cast (round to nearest even) into the bucket. Returns the checksum. Refuses what is not finite."""
         assert self._buckets is not None
+        largest = float(torch.linalg.vector_norm(tensor.detach(), float("inf")))
+        if not largest <= torch.finfo(self.dtype).max:
+            raise WeightMismatch(slot.name, f"finite values of {self.dtype}", f"a largest magnitude of {largest}")
         view = self._buckets.views[slot.bucket % len(self._buckets.views)]
         place = view[slot.offset : slot.offset + tensor.numel() * self.dtype.itemsize].view(self.dtype)
         place.copy_(tensor.detach().reshape(-1))
-        largest = float(torch.linalg.vector_norm(place.float(), float("inf")))
-        if not largest < float("inf"):
-            raise WeightMismatch(slot.name, f"finite values of {self.dtype}", f"a largest magnitude of {largest}")
         return checksum(place)
 
     def _attest(self, expected: dict[str, int], reports: list[dict[str, Any]]) -> Gap | None:
