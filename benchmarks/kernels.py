@@ -235,14 +235,15 @@ def measure(shape: str, dtype: str, rounds: int, memory: bool) -> dict[str, obje
 def show(figures: dict) -> None:
     tokens, depth, vocabulary = map(int, figures["shape"].split("x"))
     print(f"\nT={tokens} D={depth} V={vocabulary} {figures['dtype']} on {device_name()}")
-    peaks, ours = figures["peak_bytes"], figures["peak_bytes"].get("naive log_softmax")
+    peaks = figures["peak_bytes"]
+    naive = max(1, peaks.get("naive log_softmax", 0))
     head = "".join(f"{allocator + ', s':>12}{'x products':>12}" for allocator in figures["seconds"])
     print(f"{'':20}{head}{'peak, MB':>10}{'x naive':>9}{'dW error':>10}{'of peak':>9}")
     for name in figures["seconds"]["default"]:
         cells = "".join(
             f"{times[name]:12.3f}{times[name] / times['products']:12.2f}" for times in figures["seconds"].values()
         )
-        memory = f"{peaks[name] / 1e6:10.0f}{peaks[name] / ours:9.2f}" if name in peaks else f"{'':19}"
+        memory = f"{peaks[name] / 1e6:10.0f}{peaks[name] / naive:9.2f}" if name in peaks else f"{'':19}"
         error = f"{figures['weight_error'][name]:10.1e}" if name in figures["weight_error"] else f"{'':10}"
         share = 6 * tokens * depth * vocabulary / figures["seconds"]["default"][name] / peak_flops()
         print(f"{name:20}{cells}{memory}{error}{f'{share:9.0%}' if share else '':>9}")
