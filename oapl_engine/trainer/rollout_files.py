@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class RolloutFile:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a rollout is checked against. vocabulary: rows of the head; None: not checked."""
+    """What a rollout is checked against. vocabulary: rows of the head; no stop_token_ids: eos; None: not checked."""
 
     vocabulary: int
     max_new_tokens: int
@@ -56,6 +56,8 @@ class Limits:
 def read_rollouts(path: str | Path, limits: Limits, tokenizer: Any = None) -> RolloutFile:
     """All rollouts of a .jsonl or .parquet file; the tokenizer is needed for text. ConfigError names file and line."""
     path = Path(path)
+    if not limits.stop_token_ids and tokenizer is not None:
+        limits = replace(limits, stop_token_ids=(tokenizer.eos_token_id,))
     rows = _rows(path)
     first = next(rows, None)
     if first is None:

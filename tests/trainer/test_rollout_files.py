@@ -56,6 +56,13 @@ def test_our_export(kind, tmp_path):
     assert len(group.scored()) == 2
 
 
+def test_stop_is_eos_by_default(model_folder, tmp_path):
+    """A recipe without stop_token_ids means the tokenizer's eos (2 here), as for the engine."""
+    path = write(tmp_path / "r.jsonl", [row(0), row(1, response_token_ids=[9], behavior_logprobs=[-2.0])])
+    found = read_rollouts(path, Limits(97, 16, ()), AutoTokenizer.from_pretrained(model_folder()))
+    assert [r.finish for r in found.groups[0].rollouts] == ["stop", "length"]
+
+
 def test_recomputed_and_turns(tmp_path):
     """null log-probs are read, and told; an optional loss_mask leaves tool tokens out, whose log-probs may be null."""
     turns = {"loss_mask": [1, 0, 1], "behavior_logprobs": [-1.0, None, -3.0]}

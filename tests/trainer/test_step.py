@@ -39,6 +39,14 @@ def test_loss_falls(scene):
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_bfloat16_masters(make_policy, groups):
+    """Master weights in bfloat16: the loss still falls, in whatever the head's gradient comes back."""
+    policy = make_policy("llama_tied", torch.bfloat16)
+    scene = policy, make_optimizer(policy, OPTIMIZER), pack(groups.items(groups.ragged()), 200, True)
+    losses = [step(scene, learning_rate=1e-2).metrics["loss"] for _ in range(10)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
 def test_metrics(scene):
     """Loss, residual and log-ratios follow from the log-probs; every value goes into JSON."""
     policy, _, batches = scene
