@@ -140,16 +140,17 @@ class EngineServer:
         """f32 log-probs of token_ids[1:], each given those before it, at temperature 1."""
         from vllm import SamplingParams
 
-        if self.state == "incomplete":
-            raise RuntimeError(
-                f"version {self.arriving} arrived only in part: nothing is computed until one is complete"
-            )
+        self._refuse_unless("complete", "unattested")
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, ignore_eos=True)
         output = await self._complete(token_ids, params)
         self.counters.tokens_scored += len(token_ids)
         rows = output.prompt_logprobs
         scores = np.asarray([rows.logprobs[i] for i in rows.start_indices[1:]], "<f4")
         return scores.tobytes()
+
+    def _refuse_unless(self, *states: str) -> None:
+        if self.state not in states:
+            raise RuntimeError(f"weights are {self.state} (version {self.arriving}): publish a complete version first")
 
     async def pause(self, mode: str) -> None:
         """drain: finish what runs; abort: end it with finish "abort"; keep: go on with it after resume."""
@@ -162,8 +163,7 @@ class EngineServer:
 
     async def resume(self) -> None:
         """Open the gate. Refused unless the weights are those of one complete, attested version."""
-        if self.state != "complete":
-            raise RuntimeError(f"weights are {self.state} (version {self.arriving}): publish a complete version first")
+        self._refuse_unless("complete")
         self.gate.set()
 
     async def sleep(self, tags: list[str]) -> None:

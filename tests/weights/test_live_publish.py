@@ -1,0 +1,286 @@
+"""Publishes into one live vLLM engine: complete, exact, in place, and refused where they are not."""
+
+import asyncio
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from oapl_engine.inference.client import EngineRefused
+from oapl_engine.inference.collector import Collector
+from oapl_engine.inference.protocol import Sampling
+from oapl_engine.inference.supervisor import EngineOptions, start_engine
+from oapl_engine.samples import Prompt
+from oapl_engine.weights.attest import TOLERANCE, Golden, WeightMismatch
+from oapl_engine.weights.publish import Publisher
+
+pytestmark = pytest.mark.live
+
+VOCABULARY, NEW_TOKENS = 48, 12
+
+
+def make_model(path):
+    """A random Llama with a tied head: hidden 64, 3 layers, 2 heads of 32, saved as a checkpoint."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.3,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(path)
+    return model
+
+
+class Rig:
+    """A trainer model, a live engine with breakable insides, and what lies between them."""
+
+    def __init__(self, folder):
+        self.fault = Path(folder, "fault")
+        os.environ["OAPL_TEST_FAULT"] = str(self.fault)
+        os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+        self.model = make_model(folder)
+        options = EngineOptions(
+            str(folder), max_model_len=128, kv_cache_mb=64, threads=1, worker_extension="faults.Faulty"
+        )
+        self.engine = start_engine(options, Path(folder, "engine.log"))
+        self.collector = Collector(self.engine.client, None, None)
+        rng = np.random.default_rng(0)
+        self.prompts = [rng.integers(2, VOCABULARY, 8).astype(np.int32) for _ in range(16)]
+        golden = Golden(
+            [rng.integers(2, VOCABULARY, 24).tolist() for _ in range(4)], self.logprobs, TOLERANCE["float32"]
+        )
+        self.publisher = Publisher(self.model.named_parameters, self.control, 64 << 10, torch.float32, golden)
+        self.corrupt = None
+        self.version = 0
+
+    def control(self, phase, payload):
+        if phase == "bucket" and self.corrupt:
+            self.corrupt(payload)
+        return self.collector.call(self.engine.client.control(phase, payload))
+
+    def publish(self):
+        self.version += 1
+        return self.publisher.publish(self.version)
+
+    def change(self, scale=0.02):
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter += torch.randn_like(parameter) * scale * (parameter.std() if parameter.ndim > 1 else 0.1)
+
+    @torch.no_grad()
+    def logprobs(self, prompts):
+        rows = [self.model(torch.tensor([p])).logits[0, :-1].log_softmax(-1) for p in prompts]
+        return [r[range(len(p) - 1), p[1:]].numpy() for r, p in zip(rows, prompts, strict=True)]
+
+    @torch.no_grad()
+    def greedy_of_trainer(self):
+        tokens = torch.tensor(np.stack(self.prompts), dtype=torch.int64)
+        for _ in range(NEW_TOKENS):
+            tokens = torch.cat([tokens, self.model(tokens).logits[:, -1:].argmax(-1)], 1)
+        return tokens[:, -NEW_TOKENS:].tolist()
+
+    def greedy_of_engine(self):
+        prompts = [Prompt(str(i), p, "test") for i, p in enumerate(self.prompts)]
+        how = Sampling(temperature=0, max_new_tokens=NEW_TOKENS, ignore_stops=True)
+        samples = self.collector.generate_many(prompts, 1, how)
+        return [np.frombuffer(s[0].token_ids, "<i4").tolist() for s in samples]
+
+    def served_within(self, seconds):
+        """Whether the engine answers a prompt."""
+
+        async def one():
+            async for _ in self.engine.client.generate([3, 4], 1, Sampling(max_new_tokens=1)):
+                pass
+
+        async def limited():
+            try:
+                await asyncio.wait_for(one(), seconds)
+            except TimeoutError:
+                return False
+            return True
+
+        return self.collector.call(limited())
+
+    def close(self):
+        self.collector.close()
+        self.engine.stop()
+        self.publisher.close()
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory):
+    variables = {name: os.environ.get(name) for name in ("OAPL_TEST_FAULT", "PYTHONPATH")}
+    rig = Rig(tmp_path_factory.mktemp("micro"))
+    yield rig
+    rig.close()
+    for name, value in variables.items():
+        os.environ.pop(name)
+        if value is not None:
+            os.environ[name] = value
+
+
+@pytest.fixture(autouse=True)
+def whole(rig):
+    """Each test begins with a served version and no fault."""
+    rig.corrupt = None
+    rig.fault.unlink(missing_ok=True)
+    yield
+    rig.corrupt = None
+    rig.fault.write_text("live head")
+    rig.change()
+    rig.publisher.engine_restarted()
+    rig.publish()
+    rig.fault.unlink()
+
+
+def test_ten_publishes_by_one_process_each_token_exact_with_the_trainer(rig):
+    pid = rig.engine.pid
+    for _ in range(10):
+        rig.change()
+        report = rig.publish()
+        assert rig.collector.call(rig.engine.client.version()) == rig.version
+        assert rig.greedy_of_engine() == rig.greedy_of_trainer()
+        assert report.gap.mean <= 2e-5
+        assert report.gap.max <= 5e-4
+        assert report.changed_share > 0.9
+    counters = rig.collector.call(rig.engine.client.counters())
+    assert (rig.engine.pid, counters["pid"], counters["incarnation"]) == (pid, pid, 0)
+
+
+def test_greedy_output_changes_with_the_version(rig):
+    """The claim above could not fail otherwise."""
+    before = rig.greedy_of_engine()
+    rig.change(0.5)
+    rig.publish()
+    assert rig.greedy_of_engine() != before
+
+
+def test_sampled_log_probs_are_those_of_the_trainer_at_the_temperature_of_sampling(rig):
+    prompt = Prompt("p", rig.prompts[0], "test")
+    rig.publish()
+    for temperature in (1.0, 0.7):
+        how = Sampling(temperature=temperature, max_new_tokens=40, ignore_stops=True)
+        for sample in rig.collector.generate_many([prompt], 4, how)[0]:
+            response = np.frombuffer(sample.token_ids, "<i4").tolist()
+            tokens = prompt.token_ids.tolist() + response
+            with torch.no_grad():
+                logits = rig.model(torch.tensor([tokens])).logits[0, 7:-1] / temperature
+            expected = logits.log_softmax(-1)[range(40), response].numpy()
+            gap = np.abs(expected - np.frombuffer(sample.logprobs, "<f4"))
+            assert gap.mean() <= 2e-5
+            assert gap.max() <= 5e-4
+            assert sample.spans == ((rig.version, 0, 40),)
+
+
+def assert_refused(rig, parameter):
+    """The publish is refused, names the parameter, and the engine serves nothing: neither new prompts nor a resume."""
+    rig.change()
+    with pytest.raises(WeightMismatch) as refusal:
+        rig.publish()
+    assert refusal.value.parameter == parameter
+    assert not rig.served_within(1.0)
+    with pytest.raises(EngineRefused, match="weights are incomplete"):
+        rig.collector.call(rig.engine.client.resume())
+
+
+def test_a_flipped_bit_is_refused_and_the_next_whole_version_serves(rig):
+    name = "model.layers.1.self_attn.k_proj.weight"
+
+    def flip(payload):
+        slot = next(s for s in rig.publisher._slots if s.name == name)
+        if name in payload["checksums"]:
+            rig.publisher._buckets.views[slot.bucket % 2][slot.offset] ^= 4
+
+    rig.corrupt = flip
+    assert_refused(rig, name)
+    rig.corrupt = None
+    rig.publish()
+    assert rig.served_within(30.0)
+    assert rig.greedy_of_engine() == rig.greedy_of_trainer()
+
+
+def test_a_tensor_left_out_is_refused(rig):
+    rig.corrupt = lambda payload: payload["checksums"].pop("model.layers.2.mlp.down_proj.weight", None)
+    assert_refused(rig, "model.layers.2.mlp.down_proj.weight")
+
+
+def test_a_tied_head_that_stays_stale_is_refused(rig):
+    rig.fault.write_text("stale head")
+    assert_refused(rig, "lm_head.weight")
+
+
+def test_values_that_do_not_reach_the_live_parameter_are_refused(rig):
+    """Coverage of the compute path: the bytes arrived, were checked, and went elsewhere."""
+    rig.fault.write_text("lost scatter")
+    rig.change()
+    with pytest.raises(WeightMismatch, match=r"golden prompt|gate_up_proj"):
+        rig.publish()
+    assert not rig.served_within(1.0)
+
+
+def test_an_update_that_was_cut_short_serves_nothing_until_a_whole_version_arrives(rig):
+    rig.control("pause", {"mode": "abort"})
+    rig.version += 1
+    rig.control("start", {"version": rig.version})
+    assert rig.collector.call(rig.engine.client.counters())["state"] == "incomplete"
+    with pytest.raises(EngineRefused, match="weights are incomplete"):
+        rig.control("resume", {})
+    with pytest.raises(EngineRefused, match="weights are incomplete"):
+        rig.control("score", {"token_ids": [1, 2]})
+    rig.publish()
+    assert rig.greedy_of_engine() == rig.greedy_of_trainer()
+
+
+def test_weights_do_not_change_while_the_engine_generates(rig):
+    reply = rig.control("start", {"version": rig.version + 1})
+    assert "call pause first" in reply["error"]
+    assert rig.served_within(30.0)
+
+
+def test_a_version_that_does_not_grow_is_refused(rig):
+    rig.control("pause", {"mode": "abort"})
+    reply = rig.control("start", {"version": rig.version})
+    assert "versions only grow" in reply["error"]
+    rig.control("resume", {})
+
+
+def test_a_sample_that_is_kept_across_a_publish_carries_the_spans_of_both_versions(rig):
+    finished = []
+
+    async def generate():
+        how = Sampling(max_new_tokens=110, ignore_stops=True)
+        finished.extend([s async for s in rig.engine.client.generate([5, 6, 7], 2, how)])
+
+    rig.publisher.on_publish = "keep"
+    old = rig.version
+    thread = threading.Thread(target=lambda: rig.collector.call(generate()))
+    thread.start()
+    while not rig.collector.call(rig.engine.client.counters())["samples_running"]:
+        pass
+    rig.change()
+    rig.publish()
+    thread.join()
+    rig.publisher.on_publish = "drain"
+    for sample in finished:
+        (first, start, cut), (second, again, end) = sample.spans
+        assert (first, second, start, end) == (old, rig.version, 0, 110)
+        assert cut == again
+        assert 0 < cut < 110
+        tokens = [5, 6, 7, *np.frombuffer(sample.token_ids, "<i4").tolist()]
+        now = rig.logprobs([tokens])[0][2:]
+        assert np.abs(now - np.frombuffer(sample.logprobs, "<f4"))[cut:].max() <= 5e-4
