@@ -60,7 +60,9 @@ def make_problem(shape: str, dtype: torch.dtype, sequences: int = SEQUENCES) -> 
     behavior = torch.full((tokens,), -float(torch.tensor(vocabulary).log()), device=DEVICE)
     offsets = torch.arange(0, tokens + 1, tokens // sequences, device=DEVICE)
     advantage = torch.linspace(-1, 1, sequences, device=DEVICE)
-    return Problem(hidden, weight, target, behavior, advantage, offsets, default_chunk_tokens(depth, DEVICE))
+    return Problem(
+        hidden, weight, target, behavior, advantage, offsets, default_chunk_tokens(depth, vocabulary, DEVICE)
+    )
 
 
 def fused(backend: str) -> Callable[[Problem], Tensor]:

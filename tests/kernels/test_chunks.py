@@ -1,6 +1,7 @@
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oapl_kernels.chunks import plan_chunks
+from oapl_kernels.chunks import default_chunk_tokens, plan_chunks
 
 
 @given(lengths=st.lists(st.integers(0, 50), max_size=30), chunk_tokens=st.integers(1, 64))
@@ -28,3 +29,12 @@ def test_chunks_are_filled_as_far_as_whole_sequences_allow():
         (14, 20),
         (20, 21),
     ]
+
+
+def test_default_chunks_keep_logits_near_the_weight_gradients_size():
+    cpu = torch.device("cpu")
+    assert default_chunk_tokens(64, 49152, cpu) == 512
+    assert default_chunk_tokens(896, 151936, cpu) == 896
+    assert default_chunk_tokens(4096, 151936, cpu) == 1024
+    assert default_chunk_tokens(64, 32, cpu) * 32 * 4 == 16 << 20
+    assert default_chunk_tokens(2560, 151936, torch.device("cuda")) == 4096
