@@ -16,7 +16,8 @@ from oapl_engine.rollout_log.journal import Journal
 from oapl_engine.rollout_log.log import RolloutLog
 from oapl_engine.scheduler import core
 
-FREE = ("report", "run")  # sections that may change between a kill and the resume
+FREE = (("run", "dir"), ("run", "threads"), ("report", "tensorboard"), ("report", "wandb"))  # may change on resume
+UNUSABLE = ("cleared", "lost", "dropped:group_too_small")
 
 
 def open_run(recipe: Recipe) -> tuple[Path, IO[str]]:
@@ -47,11 +48,9 @@ def _write_whole(path: Path, text: str) -> None:
 
 def _check_same(stored: Recipe, given: Recipe, path: Path) -> None:
     for section in dataclasses.fields(Recipe):
-        if section.name in FREE and section.name != "run":
-            continue
         a, b = getattr(stored, section.name), getattr(given, section.name)
         for field in dataclasses.fields(a):
-            if (section.name, field.name) in (("run", "dir"), ("run", "threads")):
+            if (section.name, field.name) in FREE:
                 continue
             x, y = getattr(a, field.name), getattr(b, field.name)
             if x != y:
@@ -67,11 +66,6 @@ def resume_state(settings: core.Settings, step: int, log: RolloutLog, journal: J
     Steps that were begun after the checkpoint are replayed with the same groups; what the log holds beyond them waits.
     """
     steps = journal.steps()
-    replay = tuple(s.groups for s in steps if s.step > step)
-    used: dict[str, int] = {}
-    for s in steps:
-        for key in s.groups:
-            used[key] = used.get(key, 0) + 1
     versions = tuple((v, s) for v, s in journal.versions())
     return core.State(
         settings,
@@ -79,24 +73,25 @@ def resume_state(settings: core.Settings, step: int, log: RolloutLog, journal: J
         next_version=1 + max((v for v, _ in versions), default=-1),
         published_step=max((s for _, s in versions), default=0),
         version_steps=versions,
-        buffer=_waiting(settings, log, journal, used),
-        replay=replay,
+        buffer=_waiting(settings, log, journal),
+        replay=tuple(s.groups for s in steps if s.step > step),
         evaluated=evaluated,
         checkpointed=step,
     )
 
 
-def _waiting(
-    settings: core.Settings, log: RolloutLog, journal: Journal, used: dict[str, int]
-) -> tuple[core.Waiting, ...]:
+def _waiting(settings: core.Settings, log: RolloutLog, journal: Journal) -> tuple[core.Waiting, ...]:
+    """The buffer after the journal's steps, in the order that an uninterrupted run would have it in."""
     disposed = journal.dispositions()
-    waiting = []
-    for key in log.group_keys():
-        group = log.group(key)
-        free = [r for r in group.scored() if r.key not in disposed]
-        if len(free) >= 2 and used.get(key, 0) < settings.allowance:
-            waiting.append(core.Waiting(key, group.version, used.get(key, 0)))
-    return tuple(waiting)
+    waiting = {}
+    for group in map(log.group, log.group_keys()):
+        if sum(disposed.get(r.key) not in UNUSABLE for r in group.scored()) >= 2:
+            waiting[group.id] = core.Waiting(group.id, group.version)
+    for done in journal.steps():
+        for used in [waiting.pop(key) for key in done.groups if key in waiting]:
+            if used.uses + 1 < settings.allowance:
+                waiting[used.key] = dataclasses.replace(used, uses=used.uses + 1)
+    return tuple(waiting.values())
 
 
 def read_evaluations(run_dir: str | Path) -> dict[int, dict[str, Any]]:

@@ -109,7 +109,10 @@ def step(state: State, event: e.Event) -> tuple[State, tuple[e.Command, ...]]:
 def _hear(s: State, event: e.Event) -> tuple[State, tuple[e.Command, ...]]:
     match event:
         case e.GroupDone(key, _, version):
-            return replace(s, in_flight=max(0, s.in_flight - 1), buffer=(*s.buffer, Waiting(key, version))), ()
+            s = replace(s, in_flight=max(0, s.in_flight - 1))
+            if _outside_window(s, version):  # it was in flight across a publish
+                return s, (e.Clear((key,)),)
+            return replace(s, buffer=(*s.buffer, Waiting(key, version))), ()
         case e.GroupInvalid():
             return replace(s, in_flight=max(0, s.in_flight - 1)), ()
         case e.StepDone(step=done, kl=kl):
@@ -142,22 +145,26 @@ def _hear(s: State, event: e.Event) -> tuple[State, tuple[e.Command, ...]]:
 
 def _published(s: State, version: int) -> tuple[State, tuple[e.Command, ...]]:
     """Serve the version; groups whose version fell out of the window leave D (Algorithm 1: clear)."""
-    version_steps = (*s.version_steps, (version, s.step))
-    step_of = dict(version_steps)
-    oldest = sorted(set(step_of.values()))[-s.settings.window :][0]
-    gone = tuple(w.key for w in s.buffer if step_of.get(w.version, -1) < oldest)
     s = replace(
         s,
         doing="",
         version=version,
         published_step=s.step,
-        version_steps=version_steps,
-        buffer=tuple(w for w in s.buffer if w.key not in set(gone)),
+        version_steps=(*s.version_steps, (version, s.step)),
         drifted=False,
     )
+    gone = tuple(w.key for w in s.buffer if _outside_window(s, w.version))
+    s = replace(s, buffer=tuple(w for w in s.buffer if w.key not in set(gone)))
     clear = (e.Clear(gone),) if gone else ()
     wake = () if s.settings.overlap else (e.Wake(("kv_cache",)),)
     return s, (*clear, *wake, e.Resume())
+
+
+def _outside_window(s: State, version: int) -> bool:
+    """Whether `version` is older than the last `window` steps that were published."""
+    step_of = dict(s.version_steps)
+    newest = sorted(set(step_of.values()))[-s.settings.window :]
+    return bool(newest) and step_of.get(version, -1) < newest[0]
 
 
 def _decide(s: State) -> tuple[State, tuple[e.Command, ...]]:
@@ -225,8 +232,11 @@ def _evaluate(s: State) -> tuple[State, tuple[e.Command, ...]]:
 
 
 def _finish(s: State) -> tuple[State, tuple[e.Command, ...]]:
-    if s.step < s.settings.steps or (s.settings.evaluate and s.evaluated < s.step):
+    exhausted = not s.settings.engine and not s.buffer and not s.replay
+    if (s.step < s.settings.steps and not exhausted) or (s.settings.evaluate and s.evaluated < s.step):
         return s, ()
+    if s.checkpointed < s.step:
+        return replace(s, doing="checkpoint"), (e.Checkpoint(s.step),)
     return replace(s, exited=True), (e.Exit(0),)
 
 
@@ -236,7 +246,8 @@ def _groups_needed(s: State) -> int:
     horizon = c.steps if c.overlap else min(s.published_step + c.lag, c.steps)
     steps = max(0, horizon - s.step - len(s.replay))
     uses = sum(c.allowance - w.uses for w in s.buffer)
-    return max(0, -(-(steps * c.groups_per_step - uses) // c.allowance))
+    distinct = c.groups_per_step - len(s.buffer) if steps else 0
+    return max(0, distinct, -(-(steps * c.groups_per_step - uses) // c.allowance))
 
 
 def _wants_groups(s: State) -> bool:
@@ -249,7 +260,8 @@ def _train(s: State) -> tuple[State, tuple[e.Command, ...]]:
     if s.step >= c.steps:
         return s, ()
     if not s.replay:
-        if len(s.buffer) < c.groups_per_step or _window_over(s):
+        enough = c.groups_per_step if c.engine else 1  # a file's last step may be a smaller one
+        if len(s.buffer) < enough or _window_over(s):
             return s, ()
         if c.engine and not c.overlap and (_groups_needed(s) or s.in_flight):
             return s, ()

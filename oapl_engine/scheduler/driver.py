@@ -23,17 +23,16 @@ def drive(
     inbox: queue.SimpleQueue[e.Event],
     handlers: Mapping[type, Handler],
     record: Path | None = None,
-    first: tuple[e.Event, ...] = (),
 ) -> tuple[core.State, int]:
     """Run until Exit; returns the last state and the exit code.
 
     A handler carries out one command and returns the event that it caused at once, if any; other threads put their
-    events into `inbox`. `first` are heard before the inbox.
+    events into `inbox`.
     """
-    pending = list(first)
+    pending: list[e.Event] = []
     with open(record, "a") if record else _Nowhere() as stream:
         while True:
-            event = pending.pop(0) if pending else inbox.get()
+            event = _next_event(inbox, pending)
             state, commands = core.step(state, event)
             _write(stream, "event", event)
             for command in commands:
@@ -43,6 +42,14 @@ def drive(
                 caused = handlers[type(command)](command)
                 if caused is not None:
                     pending.append(caused)
+
+
+def _next_event(inbox: queue.SimpleQueue[e.Event], pending: list[e.Event]) -> e.Event:
+    """What others said comes first: a Stop must not wait behind a trainer that is never idle."""
+    try:
+        return inbox.get_nowait()
+    except queue.Empty:
+        return pending.pop(0) if pending else inbox.get()
 
 
 def _write(stream: Any, kind: str, message: Any) -> None:

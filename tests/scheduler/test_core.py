@@ -134,7 +134,7 @@ def test_offline_uses_no_engine():
     assert sorted(world.uses.values()) == [2, 2, 2, 2]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     mode=st.sampled_from(["sync", "phased", "async"]),
@@ -146,8 +146,11 @@ def test_offline_uses_no_engine():
     every=st.integers(0, 3),
     extra=st.integers(0, 5),
     on_publish=st.sampled_from(["drain", "abort", "keep"]),
+    allowance=st.integers(1, 3),
 )
-def test_any_order_of_events_ends_the_run(seed, mode, steps, per_step, lag, invalid, lose, every, extra, on_publish):
+def test_any_order_of_events_ends_the_run(
+    seed, mode, steps, per_step, lag, invalid, lose, every, extra, on_publish, allowance
+):
     lag = 1 if mode == "sync" else lag
     state = make(
         mode,
@@ -158,6 +161,7 @@ def test_any_order_of_events_ends_the_run(seed, mode, steps, per_step, lag, inva
         evaluate_every=every,
         window=2 if mode == "async" else 1,
         on_publish=on_publish,
+        allowance=allowance,
     )
     world = World(state, random.Random(seed), lose, invalid)
     assert world.run() == 0
@@ -225,7 +229,8 @@ def test_driver_records_a_stream_that_replays(tmp_path):
     state = replace(
         make("offline", steps=2, lag=2, evaluate=False), buffer=tuple(core.Waiting(f"g{i}", 0) for i in range(4))
     )
-    _, code = driver.drive(state, inbox, answers, tmp_path / "events.jsonl", first=(e.Tick(0),))
+    inbox.put(e.Tick(0))
+    _, code = driver.drive(state, inbox, answers, tmp_path / "events.jsonl")
     assert code == 0
     messages = driver.read_record(tmp_path / "events.jsonl")
     again, replayed = state, []

@@ -1,0 +1,167 @@
+"""`oapl train` in offline mode, end to end, as a user runs it: learns, stops, resumes, refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from oapl_engine.report.metrics import KEYS, read_metrics
+from oapl_engine.trainer.checkpoint import load_newest
+from tests.conftest import ROOT
+
+RECIPE = ROOT / "recipes" / "micro_offline.toml"
+
+
+@pytest.fixture
+def arguments(micro_model, micro_rollouts, tmp_path):
+    def build(run="run", **overrides):
+        fields = {"model.path": micro_model, "data.path": micro_rollouts, "run.dir": tmp_path / run, "run.threads": 1}
+        fields |= {"schedule.steps": 24, **{k.replace("__", "."): v for k, v in overrides.items()}}
+        return ["train", RECIPE, *(word for k, v in fields.items() for word in (f"--{k}", v))]
+
+    return build
+
+
+def test_the_loss_falls_and_the_checkpoint_loads_in_transformers(oapl, arguments, tmp_path, figure):
+    done = oapl(*arguments())
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last == f"done: steps=24 pass@1 before=- after=- run={tmp_path / 'run'}"
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 25))
+    assert all(key in row for row in rows for key in KEYS)
+    first, final = (sum(row["loss"] for row in part) / 6 for part in (rows[:6], rows[-6:]))
+    figure("loss, first and last epoch", [first, final])
+    assert final < 0.9 * first
+    assert sum(rows[-1]["ledger"].values()) == rows[-1]["tokens_generated"]
+    folder = load_newest(tmp_path / "run" / "checkpoints").path
+    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() == 162_240
+    assert len(AutoTokenizer.from_pretrained(folder)) == 32
+    again = oapl(*arguments())
+    assert again.returncode == 0
+    assert again.stdout.splitlines()[-1] == last
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 24, "a finished run trained again"
+
+
+def test_export_feeds_another_offline_run(oapl, arguments, tmp_path):
+    assert oapl(*arguments(schedule__steps=4)).returncode == 0
+    exported = oapl("rollouts", tmp_path / "run", "--format", "jsonl")
+    rows = [json.loads(line) for line in exported.stdout.splitlines()]
+    assert len(rows) == 48 * 8
+    assert {len(row["trained_steps"]) for row in rows} == {0, 1}
+    (tmp_path / "again.jsonl").write_text(exported.stdout)
+    assert oapl(*arguments("second", data__path=tmp_path / "again.jsonl", schedule__steps=2)).returncode == 0
+
+
+def test_a_killed_run_resumes_to_the_same_weights(oapl, arguments, tmp_path):
+    """SIGKILL between two checkpoints: the same command replays the journal, and the weights agree bit for bit."""
+    assert oapl(*arguments("whole", checkpoint__every=10)).returncode == 0
+    words = [sys.executable, "-m", "oapl_engine.cli", *map(str, arguments("killed", checkpoint__every=10))]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while len(read_metrics(metrics)) < 14 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 14 <= len(read_metrics(metrics)) < 24
+    assert oapl(*arguments("killed", checkpoint__every=10)).returncode == 0
+    whole, killed = (load_newest(tmp_path / run / "checkpoints") for run in ("whole", "killed"))
+    assert whole.step == killed.step == 24
+    assert whole.weight_hash == killed.weight_hash
+    rows = [json.loads(r) for r in oapl("rollouts", tmp_path / "killed").stdout.splitlines()]
+    assert max(len(row["trained_steps"]) for row in rows) <= 4, "a rollout was used beyond its allowance"
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_exits_with_130(oapl, arguments, tmp_path):
+    words = [sys.executable, "-m", "oapl_engine.cli", *map(str, arguments(schedule__steps=24))]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130, process.stderr.read()
+    stopped = load_newest(tmp_path / "run" / "checkpoints").step
+    assert 2 <= stopped < 24
+    assert oapl(*arguments()).returncode == 0
+    assert load_newest(tmp_path / "run" / "checkpoints").step == 24
+
+
+def test_the_authors_parquet(oapl, arguments, micro_rollouts, tmp_path):
+    """Text columns of the paper's data sets; log-probs are recomputed, the value uses all recorded rewards."""
+    rows = [json.loads(line) for line in micro_rollouts.read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(arguments()[3])
+    rewards = {}
+    for row in rows:
+        rewards.setdefault(row["group"], []).append(row["reward"])
+    table = [
+        {
+            "prompt": tokenizer.decode(row["prompt_token_ids"]),
+            "response": tokenizer.decode(row["response_token_ids"], skip_special_tokens=True) or "0",
+            "precomputed_reward": row["reward"],
+            "response_rewards": rewards[row["group"]],
+        }
+        for row in rows
+    ]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "authors.parquet")
+    overrides = {"data__source": "parquet", "data__path": tmp_path / "authors.parquet"}
+    refused = oapl(*arguments(**overrides))
+    assert refused.returncode == 2
+    assert 'behavior = "recomputed"' in refused.stderr
+    done = oapl(*arguments("recomputed", **overrides, objective__behavior="recomputed", schedule__steps=6))
+    assert done.returncode == 0, done.stderr
+    row = read_metrics(tmp_path / "recomputed" / "metrics.jsonl")[0]
+    assert abs(row["log_ratio_mean"]) < 1e-6, "before the first step, π is the policy that was rescored"
+
+
+def test_bad_input_is_refused_and_nothing_is_written_over(refused, oapl, arguments, micro_rollouts, tmp_path):
+    refused(["needs 800 groups", "48", "allowance"], *arguments(schedule__steps=100))
+    rows = micro_rollouts.read_text().splitlines()
+    for name, change, words in (
+        ("nan", {"reward": float("nan")}, "reward"),
+        ("positive", {"behavior_logprobs": [0.5] * 7}, "behavior_logprobs"),
+        ("range", {"response_token_ids": [99] * 7}, "99"),
+    ):
+        broken = {**json.loads(rows[3]), **change}
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join([*rows[:3], json.dumps(broken), *rows[4:]]) + "\n")
+        refused([words, "line 4"], *arguments(name, data__path=path))
+    refused("does not exist", *arguments(data__path="nowhere.jsonl"))
+    refused("no_such_model", *arguments(model__path="no_such_model"))
+    refused("did you mean oapl?", *arguments("x", objective__name="oapll"))
+    assert oapl(*arguments(schedule__steps=2)).returncode == 0
+    before = sorted(
+        (p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "lock"
+    )
+    refused(["belongs to another recipe", "objective.beta2 was 0.1, now 0.2"],
+            *arguments(schedule__steps=2, objective__beta2=0.2))  # fmt: skip
+    after = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "lock")
+    assert before == after
+
+
+def test_two_runs_in_one_directory(refused, arguments, tmp_path):
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / "lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused("another process runs there", *arguments())
+
+
+def test_every_objective_takes_a_step(oapl, arguments, tmp_path):
+    from oapl_kernels.objectives import OBJECTIVES
+
+    for name in OBJECTIVES:
+        done = oapl(*arguments(name, objective__name=name, schedule__steps=2))
+        assert done.returncode == 0, f"{name}: {done.stderr}"
+        assert torch.isfinite(
+            torch.tensor([row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl")])
+        ).all()
