@@ -18,8 +18,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
 import msgspec
 import psutil
 
@@ -128,6 +126,7 @@ class Engine:
         try:
             self._wait_until_ready()
         except BaseException:
+            self._process.kill()  # it does not listen yet
             self.stop()
             raise
         self.client = EngineClient(self._socket.dup(), self.options.incarnation)
@@ -220,8 +219,3 @@ def reclaim_folders() -> None:
         owner = folder.name.removeprefix(FOLDER_PREFIX).split("-")[0]
         if owner.isdigit() and not psutil.pid_exists(int(owner)):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def describe(engine: Engine) -> dict[str, Any]:
-    """What a log line or `oapl doctor` says about an engine."""
-    return {"pid": engine.pid, "alive": engine.alive(), **dataclasses.asdict(engine.options)}
