@@ -22,42 +22,31 @@ def mix(h):
 
 
 @triton.jit
-def convert(source, payload, index, count, INTERPRETED: tl.constexpr):
-    """payload[index] = source[index] rounded; returns its bits as u32 (0 beyond the end) and whether it is finite."""
-    valid = index < count
-    value = round_to(
-        tl.load(source + index, mask=valid, other=0.0).to(tl.float32), payload.dtype.element_ty, INTERPRETED
-    )
-    tl.store(payload + index, value, mask=valid)
-    if payload.dtype.element_ty == tl.float32:
-        bits = value.to(tl.uint32, bitcast=True)
-        finite = (bits & 0x7F800000) != 0x7F800000
-    else:
-        bits = value.to(tl.uint16, bitcast=True).to(tl.uint32)
-        exponent = 0x7F80 if payload.dtype.element_ty == tl.bfloat16 else 0x7C00
-        finite = (bits & exponent) != exponent
-    return bits, finite
-
-
-@triton.jit
 def pack_block(source, payload, digest, count, words, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr):
-    """digest [3] += the block's h_0, h_1 and values that are not finite."""
-    word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    if payload.dtype.element_ty == tl.float32:
-        bits, finite = convert(source, payload, word, count, INTERPRETED)
-        infinite = tl.sum((~finite).to(tl.int32), 0)
+    """payload = source, rounded; digest [3] += the block's h_0, h_1 and values that are not finite."""
+    A_WORD: tl.constexpr = 32 // payload.dtype.element_ty.primitive_bitwidth  # values a word
+    block = tl.program_id(0).to(tl.int64) * BLOCK
+    index = block * A_WORD + tl.arange(0, BLOCK * A_WORD)
+    valid = index < count
+    value = tl.load(source + index, mask=valid, other=0.0).to(tl.float32)
+    value = round_to(value, payload.dtype.element_ty, INTERPRETED)
+    tl.store(payload + index, value, mask=valid)
+    if A_WORD == 1:
+        bits = value.to(tl.uint32, bitcast=True)
+        infinite = (bits & 0x7F800000) == 0x7F800000
     else:
-        low, low_finite = convert(source, payload, 2 * word, count, INTERPRETED)
-        high, high_finite = convert(source, payload, 2 * word + 1, count, INTERPRETED)
+        halves = value.to(tl.uint16, bitcast=True).to(tl.uint32)
+        exponent = 0x7F80 if payload.dtype.element_ty == tl.bfloat16 else 0x7C00
+        infinite = (halves & exponent) == exponent
+        low, high = tl.split(tl.reshape(halves, (BLOCK, A_WORD)))
         bits = low | (high << 16)
-        infinite = tl.sum((~low_finite).to(tl.int32) + (~high_finite).to(tl.int32), 0)
-    index = word.to(tl.uint32)
+    word = block + tl.arange(0, BLOCK)
     for k in tl.static_range(2):
         seed = SEED_0 if k == 0 else SEED_1
-        hashed = tl.where(word < words, mix(bits ^ mix(index + seed)), 0)
+        hashed = tl.where(word < words, mix(bits ^ mix(word.to(tl.uint32) + seed)), 0)
         # Integer atomics: the sum does not depend on the order of programs.
         tl.atomic_add(digest + k, tl.sum(hashed, 0).to(tl.int32, bitcast=True))
-    tl.atomic_add(digest + 2, infinite)
+    tl.atomic_add(digest + 2, tl.sum(infinite.to(tl.int32), 0))
 
 
 def pack_words(source: Tensor, payload: Tensor) -> Tensor:
