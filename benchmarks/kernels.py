@@ -1,10 +1,11 @@
 """The fused policy loss against naive torch, torch with recompute, and Liger's chunked GRPO loss, forward and backward.
 
-One head, GRPO on eight equal sequences, so that every contestant computes the same numbers. Times are medians of
-interleaved rounds in one process, as a share of "products": the three matrix products of our own pass alone. Peak
-memory is what a fresh process adds (VmHWM after clear_refs; max_memory_allocated on a GPU). Errors are relative to
-float64, of the weight's gradient on the first 256 tokens. Allocators: "default", and "warm", which keeps freed memory
-(MALLOC_MMAP_MAX_=0 and a large MALLOC_TRIM_THRESHOLD_), because page faults are much of naive torch's time on CPU.
+One head, GRPO on equal sequences, so that every contestant computes the same numbers; "ours, OAPL" has its own loss, and
+with --sequences 1 shows what a sequence longer than a chunk costs when its coefficient is known at its end only. Times
+are medians of interleaved rounds in one process, also as a multiple of "products": the three matrix products of our own
+pass alone. Peak memory is what a fresh process adds (VmHWM after clear_refs; max_memory_allocated on a GPU). Errors are
+relative to float64, of the weight's gradient on the first 256 tokens. Allocators: "default", and "warm", which keeps
+freed memory (MALLOC_MMAP_MAX_=0, a large MALLOC_TRIM_THRESHOLD_): page faults are much of naive torch's time on CPU.
 
     python -m benchmarks kernels [--shapes 2048x576x49152] [--dtypes float32 bfloat16] [--sweep] [--json F] [--svg F]
 """
@@ -26,14 +27,13 @@ from pathlib import Path
 import torch
 from oapl_kernels import PolicyInputs, fused_policy_loss, matmul
 from oapl_kernels.chunks import default_chunk_tokens
-from oapl_kernels.objectives import grpo
+from oapl_kernels.objectives import Objective, grpo, oapl
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = ["2048x576x49152", "1024x1536x151936"]
 SWEEP = [f"{t}x512x{v}" for t in (1024, 4096, 16384, 65536) for v in (32768, 131072, 262144)]
-SEQUENCES = 8
 WARM = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 PEAK_FLOPS = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12}  # dense bf16
 
@@ -51,7 +51,7 @@ class Problem:
     chunk: int
 
 
-def make_problem(shape: str, dtype: torch.dtype, sequences: int = SEQUENCES) -> Problem:
+def make_problem(shape: str, dtype: torch.dtype, sequences: int) -> Problem:
     tokens, depth, vocabulary = map(int, shape.split("x"))
     torch.manual_seed(0)
     hidden = torch.randn(tokens, depth, device=DEVICE).to(dtype).requires_grad_()
@@ -65,12 +65,12 @@ def make_problem(shape: str, dtype: torch.dtype, sequences: int = SEQUENCES) -> 
     )
 
 
-def fused(backend: str) -> Callable[[Problem], Tensor]:
+def fused(backend: str, objective: Objective) -> Callable[[Problem], Tensor]:
     def loss(p: Problem) -> Tensor:
         inputs = PolicyInputs(p.behavior, p.advantage)
         count = float(len(p.advantage))
         return fused_policy_loss(
-            p.hidden, p.weight, p.target, p.offsets, grpo(), inputs, normalizer=count, backend=backend
+            p.hidden, p.weight, p.target, p.offsets, objective, inputs, normalizer=count, backend=backend
         ).loss
 
     return loss
@@ -124,7 +124,8 @@ def cut_cross_entropy(p: Problem) -> Tensor:
 
 def contestants() -> dict[str, Callable[[Problem], Tensor]]:
     """Those that run here."""
-    chosen = {"ours": fused("auto"), "ours, torch": fused("torch"), "naive log_softmax": naive_log_softmax}
+    chosen = {"ours": fused("auto", grpo()), "ours, OAPL": fused("auto", oapl(1e-3))}
+    chosen |= {"ours, torch": fused("torch", grpo()), "naive log_softmax": naive_log_softmax}
     chosen |= {"naive logsumexp": naive_logsumexp, "torch recompute": recompute}
     if importlib.util.find_spec("liger_kernel"):
         chosen["Liger GRPO"] = liger
@@ -165,8 +166,8 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def time_all(shape: str, dtype: torch.dtype, rounds: int) -> dict[str, float]:
-    p = make_problem(shape, dtype)
+def time_all(shape: str, dtype: torch.dtype, sequences: int, rounds: int) -> dict[str, float]:
+    p = make_problem(shape, dtype, sequences)
     functions: dict[str, Callable[[Problem], Tensor | None]] = {"products": products, **contestants()}
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(rounds + 1):
@@ -177,10 +178,10 @@ def time_all(shape: str, dtype: torch.dtype, rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def peak_bytes(shape: str, dtype: torch.dtype, name: str) -> int:
+def peak_bytes(shape: str, dtype: torch.dtype, sequences: int, name: str) -> int:
     """What one forward and backward adds at its peak, gradients included."""
-    p = make_problem(shape, dtype)
-    seconds(contestants()[name], make_problem("64x32x256", dtype))  # loads what is loaded once
+    p = make_problem(shape, dtype, sequences)
+    seconds(contestants()[name], make_problem("64x32x256", dtype, sequences))  # loads what is loaded once
     if DEVICE.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -197,41 +198,52 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def gradient_errors(shape: str, dtype: torch.dtype) -> dict[str, float]:
+def gradient_errors(shape: str, dtype: torch.dtype, sequences: int) -> dict[str, float]:
     tokens, depth, vocabulary = map(int, shape.split("x"))
-    p = make_problem(f"{min(tokens, 256)}x{depth}x{vocabulary}", dtype)
+    p = make_problem(f"{min(tokens, 256)}x{depth}x{vocabulary}", dtype, sequences)
     exact = Problem(p.hidden.detach().double().requires_grad_(), p.weight.detach().double().requires_grad_(), p.target,
                     p.behavior.double(), p.advantage.double(), p.offsets, p.chunk)  # fmt: skip
     seconds(naive_logsumexp, exact)
     errors = {}
     for name, function in contestants().items():
+        if name == "ours, OAPL":  # another loss
+            continue
         seconds(function, p)
         errors[name] = float((p.weight.grad.double() - exact.weight.grad).norm() / exact.weight.grad.norm())
     return errors
 
 
-def worker(task: str, shape: str, dtype: torch.dtype, rounds: int, name: str) -> object:
+def worker(task: str, shape: str, dtype: torch.dtype, sequences: int, rounds: int, name: str) -> object:
     if task == "time":
-        return time_all(shape, dtype, rounds)
-    return peak_bytes(shape, dtype, name) if task == "memory" else gradient_errors(shape, dtype)
+        return time_all(shape, dtype, sequences, rounds)
+    return peak_bytes(shape, dtype, sequences, name) if task == "memory" else gradient_errors(shape, dtype, sequences)
 
 
-def in_fresh_process(task: str, shape: str, dtype: str, rounds: int, name: str = "", **environment: str):
+def in_fresh_process(
+    task: str, shape: str, dtype: str, sequences: int, rounds: int, name: str = "", **environment: str
+):
     command = [sys.executable, "-m", "benchmarks", "kernels", "--worker", task, "--shapes", shape, "--dtypes", dtype]
-    command += ["--rounds", str(rounds), "--name", name]
+    command += ["--sequences", str(sequences), "--rounds", str(rounds), "--name", name]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{task} of {name or 'all'} at {shape} {dtype} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(shape: str, dtype: str, rounds: int, memory: bool) -> dict[str, object]:
+def measure(shape: str, dtype: str, sequences: int, rounds: int, memory: bool) -> dict[str, object]:
     allocators = {"default": {}, "warm": WARM} if DEVICE.type == "cpu" else {"default": {}}
-    times = {name: in_fresh_process("time", shape, dtype, rounds, **env) for name, env in allocators.items()}
+    times = {name: in_fresh_process("time", shape, dtype, sequences, rounds, **env) for name, env in allocators.items()}
     names = [name for name in times["default"] if name != "products"] if memory else []
-    peaks = {name: in_fresh_process("memory", shape, dtype, rounds, name) for name in names}
-    errors = in_fresh_process("error", shape, dtype, rounds)
-    return {"shape": shape, "dtype": dtype, "seconds": times, "peak_bytes": peaks, "weight_error": errors}
+    peaks = {name: in_fresh_process("memory", shape, dtype, sequences, rounds, name) for name in names}
+    errors = in_fresh_process("error", shape, dtype, sequences, rounds)
+    return {
+        "shape": shape,
+        "dtype": dtype,
+        "sequences": sequences,
+        "seconds": times,
+        "peak_bytes": peaks,
+        "weight_error": errors,
+    }
 
 
 def show(figures: dict) -> None:
@@ -277,8 +289,9 @@ def chart(results: list[dict]) -> str:
 def main(argv: list[str]) -> int:
     """Print the tables; 0."""
     parser = argparse.ArgumentParser(prog="benchmarks kernels", description=__doc__.partition("\n")[0])
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="TxDxV; T a multiple of 8")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="TxDxV; T a multiple of --sequences")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--sequences", type=int, default=8, help="equal sequences that the T tokens are")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions")
     parser.add_argument("--sweep", action="store_true", help="T 1k to 64k, V 32k to 256k instead of --shapes")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
@@ -289,12 +302,16 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.worker:
         dtype = getattr(torch, options.dtypes[0])
-        print(json.dumps(worker(options.worker, options.shapes[0], dtype, options.rounds, options.name)))
+        print(
+            json.dumps(
+                worker(options.worker, options.shapes[0], dtype, options.sequences, options.rounds, options.name)
+            )
+        )
         return 0
     results = []
     for shape in SWEEP if options.sweep else options.shapes:
         for dtype in options.dtypes:
-            results.append(measure(shape, dtype, options.rounds, not options.no_memory))
+            results.append(measure(shape, dtype, options.sequences, options.rounds, not options.no_memory))
             show(results[-1])
     if options.json:
         Path(options.json).write_text(json.dumps({"device": device_name(), "results": results}, indent=1) + "\n")

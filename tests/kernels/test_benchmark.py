@@ -10,8 +10,8 @@ from benchmarks import kernels
 def in_this_process(monkeypatch):
     """The workers' tasks without their processes, which only isolate memory and allocators."""
 
-    def run(task, shape, dtype, rounds, name="", **environment):
-        return kernels.worker(task, shape, getattr(torch, dtype), rounds, name)
+    def run(task, shape, dtype, sequences, rounds, name="", **environment):
+        return kernels.worker(task, shape, getattr(torch, dtype), sequences, rounds, name)
 
     monkeypatch.setattr(kernels, "in_fresh_process", run)
 
@@ -29,6 +29,6 @@ def test_the_benchmark_runs_and_writes_what_it_prints(in_this_process, tmp_path,
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("bfloat16", 1e-2)])
 def test_all_contestants_compute_the_same_gradient(dtype, limit):
-    errors = kernels.gradient_errors("64x32x500", getattr(torch, dtype))
+    errors = kernels.gradient_errors("64x32x500", getattr(torch, dtype), 8)
     assert len(errors) >= 5
     assert max(errors.values()) < limit, errors
