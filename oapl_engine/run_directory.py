@@ -21,7 +21,7 @@ UNUSABLE = ("cleared", "lost", "dropped:group_too_small")
 
 
 def open_run(recipe: Recipe) -> tuple[Path, IO[str]]:
-    """The directory with config.toml in it, and the lock to hold while the run lives. Raises ConfigError."""
+    """The directory, and the lock to hold while the run lives. ConfigError also where another recipe ran."""
     path = Path(recipe.run.dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -35,15 +35,14 @@ def open_run(recipe: Recipe) -> tuple[Path, IO[str]]:
     stored = path / "config.toml"
     if stored.exists():
         _check_same(load_recipe(stored), recipe, path)
-    else:
-        _write_whole(stored, tomli_w.dumps(to_toml(recipe)))
     return path, lock
 
 
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def keep_recipe(recipe: Recipe, path: Path) -> None:
+    """Bind the directory to this recipe. Called when all input has proved good: a typing error binds nothing."""
+    temporary = path / "config.tmp"
+    temporary.write_text(tomli_w.dumps(to_toml(recipe)))
+    os.replace(temporary, path / "config.toml")
 
 
 def _check_same(stored: Recipe, given: Recipe, path: Path) -> None:

@@ -15,7 +15,7 @@ from oapl_engine.data.model_folder import resolve_model
 from oapl_engine.generator import open_generator
 from oapl_engine.learner import open_learner
 from oapl_engine.report.display import Display
-from oapl_engine.run_directory import open_run, read_evaluations, resume_state
+from oapl_engine.run_directory import keep_recipe, open_run, read_evaluations, resume_state
 from oapl_engine.scheduler import driver
 from oapl_engine.scheduler import events as e
 from oapl_engine.scheduler.core import settings_of
@@ -43,6 +43,7 @@ def run_recipe(recipe: Recipe) -> int:
         else:
             generator = rooms.enter_context(open_generator(learner, inbox))
             handlers |= generator.handlers()
+        keep_recipe(recipe, run_dir)
         evaluated = max(read_evaluations(run_dir), default=-1)
         state = resume_state(settings_of(recipe), learner.step, learner.log, learner.journal, evaluated)
         state, code = driver.drive(state, inbox, handlers, run_dir / "events.jsonl")

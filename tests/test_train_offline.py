@@ -1,5 +1,6 @@
 """`oapl train` in offline mode, end to end, as a user runs it: learns, stops, resumes, refuses."""
 
+import fcntl
 import json
 import os
 import signal
@@ -10,10 +11,12 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
+from oapl_kernels.objectives import OBJECTIVES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from oapl_engine.config import ConfigError, load_recipe
 from oapl_engine.report.metrics import KEYS, read_metrics
+from oapl_engine.train import run_recipe
 from oapl_engine.trainer.checkpoint import load_newest
 from tests.conftest import ROOT
 
@@ -122,6 +125,18 @@ def test_the_authors_parquet(oapl, arguments, micro_rollouts, tmp_path):
     assert abs(row["log_ratio_mean"]) < 1e-6, "before the first step, π is the policy that was rescored"
 
 
+def file_times(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+def refuse(words, arguments):
+    """As the command line does it, without the process: ConfigError is exit code 2 (test_config.py)."""
+    with pytest.raises(ConfigError) as error:
+        run_recipe(load_recipe(arguments[1], [str(word) for word in arguments[2:]]))
+    for word in words:
+        assert word in str(error.value)
+
+
 def test_bad_input_is_refused_and_nothing_is_written_over(refused, oapl, arguments, micro_rollouts, tmp_path):
     refused(["needs 800 groups", "48", "allowance"], *arguments(schedule__steps=100))
     rows = micro_rollouts.read_text().splitlines()
@@ -133,35 +148,30 @@ def test_bad_input_is_refused_and_nothing_is_written_over(refused, oapl, argumen
         broken = {**json.loads(rows[3]), **change}
         path = tmp_path / f"{name}.jsonl"
         path.write_text("\n".join([*rows[:3], json.dumps(broken), *rows[4:]]) + "\n")
-        refused([words, "line 4"], *arguments(name, data__path=path))
-    refused("does not exist", *arguments(data__path="nowhere.jsonl"))
-    refused("no_such_model", *arguments(model__path="no_such_model"))
-    refused("did you mean oapl?", *arguments("x", objective__name="oapll"))
-    assert oapl(*arguments(schedule__steps=2)).returncode == 0
+        refuse([words, "line 4"], arguments(data__path=path))
+    refuse(["does not exist"], arguments(data__path="nowhere.jsonl"))
+    refuse(["no_such_model"], arguments(model__path="no_such_model"))
+    refuse(["did you mean oapl?"], arguments(objective__name="oapll"))
+    assert oapl(*arguments(schedule__steps=2)).returncode == 0, "a refused run must not bind its directory"
     before = sorted(
         (p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "lock"
     )
-    refused(["belongs to another recipe", "objective.beta2 was 0.1, now 0.2"],
-            *arguments(schedule__steps=2, objective__beta2=0.2))  # fmt: skip
-    after = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "lock")
-    assert before == after
+    refuse(
+        ["belongs to another recipe", "objective.beta2 was 0.1, now 0.2"],
+        arguments(schedule__steps=2, objective__beta2=0.2),
+    )
+    assert file_times(tmp_path / "run") == before
 
 
-def test_two_runs_in_one_directory(refused, arguments, tmp_path):
-    import fcntl
-
+def test_two_runs_in_one_directory(arguments, tmp_path):
     (tmp_path / "run").mkdir()
     with open(tmp_path / "run" / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        refused("another process runs there", *arguments())
+        refuse(["another process runs there"], arguments())
 
 
-def test_every_objective_takes_a_step(oapl, arguments, tmp_path):
-    from oapl_kernels.objectives import OBJECTIVES
-
-    for name in OBJECTIVES:
-        done = oapl(*arguments(name, objective__name=name, schedule__steps=2))
-        assert done.returncode == 0, f"{name}: {done.stderr}"
-        assert torch.isfinite(
-            torch.tensor([row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl")])
-        ).all()
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_every_objective_takes_a_step(name, arguments, tmp_path):
+    words = arguments(objective__name=name, schedule__steps=2)
+    assert run_recipe(load_recipe(words[1], [str(word) for word in words[2:]])) == 0
+    assert all(row["loss"] is not None for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
