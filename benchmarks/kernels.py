@@ -1,6 +1,6 @@
 """The fused policy loss against naive torch, torch with recompute, and Liger's chunked GRPO loss, forward and backward.
 
-One head, GRPO on equal sequences, so that every contestant computes the same numbers; "ours, OAPL" has its own loss, and
+One head, GRPO on equal sequences, so that all contestants compute the same numbers; "ours, OAPL" has its own loss, and
 with --sequences 1 shows what a sequence longer than a chunk costs when its coefficient is known at its end only. Times
 are medians of interleaved rounds in one process, also as a multiple of "products": the three matrix products of our own
 pass alone. Peak memory is what a fresh process adds (VmHWM after clear_refs; max_memory_allocated on a GPU). Errors are
