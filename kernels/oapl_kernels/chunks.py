@@ -23,8 +23,8 @@ def default_chunk_tokens(hidden_size: int, vocabulary: int, device: torch.device
     """Tokens a chunk.
 
     CPU: three quarters of hidden_size within [384, 1024], so that the fp32 logits are mostly smaller than the weight's
-    fp32 gradient, which exists anyway, and the matrix products stay efficient. GPU: 4096; under about 1200 (H100) the traffic of
-    the weight gradient no longer hides behind its product. More where the vocabulary is small.
+    fp32 gradient, which exists anyway, and the matrix products stay efficient. GPU: 4096; under about 1200 (H100) the
+    traffic of the weight gradient no longer hides behind its product. More where the vocabulary is small.
     """
     tokens = min(max(hidden_size * 3 // 4, 384), 1024) if device.type == "cpu" else 4096
     return max(tokens, SMALL_LOGITS // vocabulary)
