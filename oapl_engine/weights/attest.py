@@ -15,7 +15,7 @@ Logprobs = NDArray[np.float32]
 
 # mean |difference| of golden log-probs, nats a token: rounding noise is 1e-5 (float32) and 3e-2 (bfloat16)
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15}
-ENOUGH_CHANGED = 512  # elements; fewer could hide below the rounding of a log-prob
+VISIBLE = 0.1  # share of the tolerance: a smaller move of log-probs could hide below the rounding of bfloat16 logits
 
 
 class WeightMismatch(RunError):
@@ -62,23 +62,29 @@ def check_checksums(expected: dict[str, int], reports: Sequence[dict[str, Any]])
                 raise WeightMismatch(name, f"checksum {value:016x}", f"{shown} in rank {rank} of the engine")
 
 
-def check_golden(golden: Golden, engine: list[Logprobs]) -> Gap:
-    """The engine's log-probs against the trainer's. Raises WeightMismatch past the tolerance, or at NaN."""
-    trainer = golden.trainer_logprobs(golden.prompts)
+def check_golden(tolerance: float, engine: list[Logprobs], trainer: list[Logprobs]) -> Gap:
+    """The engine's golden log-probs against the trainer's. Raises WeightMismatch past the tolerance, or at NaN."""
     for number, (ours, theirs) in enumerate(zip(trainer, engine, strict=True)):
         difference = float(np.abs(np.asarray(ours) - theirs).mean())
-        if not difference <= golden.tolerance:
-            what = f"log-probs within {golden.tolerance} nats a token of the trainer's"
+        if not difference <= tolerance:
+            what = f"log-probs within {tolerance} nats a token of the trainer's"
             raise WeightMismatch(f"golden prompt {number}", what, f"a mean difference of {difference:.4g}")
     gap = np.concatenate(engine) - np.concatenate(trainer)
     k3 = float(np.mean(np.expm1(-gap.astype(np.float64)) + gap))
     return Gap(float(np.abs(gap).mean()), float(np.abs(gap).max()), float(gap.mean()), k3)
 
 
-def check_staleness(changed: int, engine: list[Logprobs], previous: list[Logprobs] | None) -> None:
-    """New bytes must give new log-probs. Raises WeightMismatch."""
-    if previous is None or changed < ENOUGH_CHANGED:
+def check_staleness(
+    tolerance: float,
+    engine: list[Logprobs],
+    trainer: list[Logprobs],
+    before: tuple[list[Logprobs], list[Logprobs]] | None,
+) -> None:
+    """Where the trainer's golden log-probs moved visibly, the engine's must have moved at all. before: those of engine
+    and trainer at the version before. Raises WeightMismatch."""
+    if before is None or any(not np.array_equal(now, old) for now, old in zip(engine, before[0], strict=True)):
         return
-    if all(np.array_equal(now, before) for now, before in zip(engine, previous, strict=True)):
-        what = f"new log-probs, as {changed} elements changed"
-        raise WeightMismatch("golden prompts", what, "those of the previous version, bit for bit")
+    moved = float(np.abs(np.concatenate(trainer) - np.concatenate(before[1])).mean())
+    if moved > tolerance * VISIBLE:
+        what = f"new log-probs, as the trainer's moved by {moved:.3g} nats a token"
+        raise WeightMismatch("golden prompts", what, "those of the version before, bit for bit")

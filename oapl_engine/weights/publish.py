@@ -81,7 +81,7 @@ class Publisher:
         self._slots: list[Slot] = []
         self._buckets: MemfdBuckets | None = None
         self._attached = False
-        self._previous: list[Logprobs] | None = None
+        self._before: tuple[list[Logprobs], list[Logprobs]] | None = None
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="publish")
 
     def publish(self, version: int) -> PublishReport:
@@ -108,7 +108,7 @@ class Publisher:
     def engine_restarted(self) -> None:
         """The engine is a new process: record the plan and attach the buckets again at the next publish."""
         self._attached = False
-        self._previous = None
+        self._before = None
 
     def close(self) -> None:
         self._sender.shutdown()
@@ -203,9 +203,10 @@ class Publisher:
             check_checksums(expected, reports)
             if self.golden:
                 engine = [self.control("score", {"token_ids": list(p)}) for p in self.golden.prompts]
-                check_staleness(sum(r["changed"] for r in reports), engine, self._previous)
-                gap = check_golden(self.golden, engine)
-                self._previous = engine
+                trainer = self.golden.trainer_logprobs(self.golden.prompts)
+                check_staleness(self.golden.tolerance, engine, trainer, self._before)
+                gap = check_golden(self.golden.tolerance, engine, trainer)
+                self._before = engine, trainer
         except WeightMismatch:
             self._phase("attest", {"accepted": False})
             raise

@@ -196,17 +196,17 @@ def test_live_bytes_that_differ_from_what_was_sent_are_refused_by_name(pair):
     assert not engine.serving
 
 
-def test_new_bytes_with_the_old_log_probs_are_refused_as_stale(pair):
-    engine, publisher, trainer = pair
+def test_old_log_probs_where_the_trainers_moved_are_refused_as_stale(pair):
+    engine, publisher, _ = pair
+    engine.answers = np.full(3, -2.0, np.float32)
+    moving = [np.full(3, -2.0, np.float32)]
+    publisher.golden = Golden([[1, 2, 3, 4]], lambda prompts: [moving[0]], 1e-3)
     publisher.publish(1)
-    engine.answers = logprobs(engine.update.model, [1, 2, 3, 4])
-    publisher.golden = Golden([[1, 2, 3, 4]], lambda prompts: [engine.answers], 1e-3)
-    publisher._previous = [engine.answers]
-    engine.update.report = lambda found=engine.update.report: found() | {"changed": 600}
-    for tensor in trainer.values():
-        tensor += 1
+    moving[0] = moving[0] + 5e-5
+    publisher.publish(2)
+    moving[0] = moving[0] + 2e-4
     with pytest.raises(WeightMismatch, match="golden prompts: expected new log-probs"):
-        publisher.publish(2)
+        publisher.publish(3)
     assert not engine.serving
 
 

@@ -10,16 +10,12 @@ import torch
 import torch.nn.functional as F
 
 ROWS = 4
-TOLERANCE = {
-    torch.float32: 1e-3,
-    torch.bfloat16: 0.05,
-    torch.float16: 0.01,
-}  # of the largest answer: packed kernels round
-ENOUGH = 512  # changed elements; with fewer, rounding could hide all of them (about 0.96^(4 n) for n in bf16)
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # of the largest answer: kernels round
+MOVED = 32  # entries of the plain product; an answer that follows the weight cannot stay the same bit for bit then
 
 
 class LayerProbe:
-    """Answers of every unquantised linear layer and head of a model to the same inputs, remembered between versions."""
+    """Answers of every unquantised linear layer and head of a model to fixed inputs, remembered between versions."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         from vllm.model_executor.layers.linear import LinearBase
@@ -32,23 +28,23 @@ class LayerProbe:
         }
         self.answers = {name: self._ask(layer) for name, layer in self.layers.items()}
 
-    def stale(self, changed: dict[int, int]) -> str | None:
-        """The first layer that does not compute with its weight: its answer differs from the plain product, or is the
-        same bit for bit though the weight changed (`changed`: storage id → elements). Small updates need the second."""
+    def stale(self) -> str | None:
+        """The first layer that does not compute with its weight: its answer is far from the plain product, or the plain
+        product moved and the answer is the same bit for bit. Updates too small for the first need the second."""
         for name, layer in self.layers.items():
-            answer, before = self._ask(layer), self.answers[name]
-            self.answers[name] = answer
-            plain = F.linear(self._inputs(layer), layer.weight)
-            if (answer - plain).abs().max() > TOLERANCE[plain.dtype] * plain.abs().max():
-                return f"{name}.weight"
-            enough = changed.get(layer.weight.untyped_storage()._cdata, 0) >= ENOUGH
-            if enough and torch.equal(answer, before):
+            (answer, plain), (answer_before, plain_before) = self._ask(layer), self.answers[name]
+            self.answers[name] = answer, plain
+            far = (answer - plain).abs().max() > TOLERANCE[plain.dtype] * plain.abs().max()
+            moved = int((plain != plain_before).sum()) >= MOVED
+            if far or (moved and torch.equal(answer, answer_before)):
                 return f"{name}.weight"
         return None
 
-    def _ask(self, layer: torch.nn.Module) -> torch.Tensor:
+    def _ask(self, layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the layer computes, and the plain product with its weight."""
+        inputs = self._inputs(layer)
         with torch.inference_mode():
-            return layer.quant_method.apply(layer, self._inputs(layer)).clone()
+            return layer.quant_method.apply(layer, inputs).clone(), F.linear(inputs, layer.weight)
 
     @staticmethod
     def _inputs(layer: torch.nn.Module) -> torch.Tensor:

@@ -35,7 +35,7 @@ class Source:
 
 
 class InPlaceUpdate:
-    """One model that is updated bucket by bucket. stale(changed): see LayerProbe.stale.
+    """One model that is updated bucket by bucket. stale(): see LayerProbe.stale.
 
     A refusal raises PlanError and is kept for report(); the state is then "incomplete" until a whole update arrived.
     """
@@ -44,11 +44,11 @@ class InPlaceUpdate:
         self.model = model
         self.state = "complete"
         self.refused: dict[str, str] | None = None
-        self.stale: Callable[[dict[int, int]], str | None] = lambda changed: None
+        self.stale: Callable[[], str | None] = lambda: None
         self.plan = Plan({}, [])
         self.buckets: dict[int, list[Source]] = {}
         self.checksums: dict[str, int] = {}
-        self.changed: dict[int, int] = {}
+        self.changed = 0
         self.elements = 0
 
     def init(self, manifest: list[Any], layout: list[Any], buffers: dict[str, Any], unused: list[str]) -> None:
@@ -85,7 +85,7 @@ class InPlaceUpdate:
         if not self.buckets:
             raise RuntimeError("start before init: no plan has been recorded")
         self.state, self.refused = "incomplete", None
-        self.checksums, self.changed = {}, {}
+        self.checksums, self.changed = {}, 0
         parameters = dict(live_parameters(self.model).values())
         for region, value in self.plan.padding:
             region.of(parameters[region.name]).fill_(value)
@@ -99,8 +99,7 @@ class InPlaceUpdate:
                 self._refuse(PlanError(source.name, f"checksum {expected:016x}", f"{found:016x} in the bucket"))
         for source in sources:
             for live, sent in source.pairs:
-                storage = live.untyped_storage()._cdata
-                self.changed[storage] = self.changed.get(storage, 0) + int(torch.count_nonzero(live != sent))
+                self.changed += int(torch.count_nonzero(live != sent))
                 live.copy_(sent)
             self.checksums[source.name] = checksum(source.read_back())
 
@@ -108,7 +107,7 @@ class InPlaceUpdate:
         for source in (s for sources in self.buckets.values() for s in sources):
             if source.name not in self.checksums:
                 self._refuse(PlanError(source.name, "to arrive in this update", "nothing"))
-        stale = self.stale(self.changed)
+        stale = self.stale()
         if stale:
             self._refuse(PlanError(stale, "the layer to compute with its new values", "the answers of the old ones"))
         self.state = "complete"
@@ -120,7 +119,7 @@ class InPlaceUpdate:
             "state": self.state,
             "refused": self.refused,
             "checksums": dict(self.checksums),
-            "changed": sum(self.changed.values()),
+            "changed": self.changed,
             "elements": self.elements,
         }
 
