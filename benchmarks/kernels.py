@@ -61,7 +61,7 @@ def make_problem(shape: str, dtype: torch.dtype, sequences: int) -> Problem:
     offsets = torch.arange(0, tokens + 1, tokens // sequences, device=DEVICE)
     advantage = torch.linspace(-1, 1, sequences, device=DEVICE)
     return Problem(
-        hidden, weight, target, behavior, advantage, offsets, default_chunk_tokens(depth, vocabulary, DEVICE)
+        hidden, weight, target, behavior, advantage, offsets, default_chunk_tokens(vocabulary, DEVICE)
     )
 
 

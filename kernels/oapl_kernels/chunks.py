@@ -19,15 +19,11 @@ class Chunk(NamedTuple):
 SMALL_LOGITS = 1 << 22  # 16 MB of fp32: a chunk is not made smaller than that
 
 
-def default_chunk_tokens(hidden_size: int, vocabulary: int, device: torch.device) -> int:
-    """Tokens a chunk.
-
-    CPU: three quarters of hidden_size within [384, 1024], so that the fp32 logits are mostly smaller than the weight's
-    fp32 gradient, which exists anyway, and the matrix products stay efficient. GPU: 4096; under about 1200 (H100) the
-    traffic of the weight gradient no longer hides behind its product. More where the vocabulary is small.
-    """
-    tokens = min(max(hidden_size * 3 // 4, 384), 1024) if device.type == "cpu" else 4096
-    return max(tokens, SMALL_LOGITS // vocabulary)
+def default_chunk_tokens(vocabulary: int, device: torch.device) -> int:
+    """Tokens a chunk: 512 on CPU, enough for efficient products and small beside the weight's fp32 gradient; 4096 on a
+    GPU, where under about 1200 (H100) the traffic of that gradient no longer hides behind its product; more where the
+    vocabulary is small."""
+    return max(512 if device.type == "cpu" else 4096, SMALL_LOGITS // vocabulary)
 
 
 def plan_chunks(offsets: list[int], chunk_tokens: int) -> list[Chunk]:

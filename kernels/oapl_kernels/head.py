@@ -38,7 +38,7 @@ class Head:
         self.dtype = wide(weight.dtype)
         self.gradient_dtype = weight.dtype if multiplies_natively(weight.dtype, weight.device.type) else self.dtype
         self.bias = None if bias is None else bias.to(self.dtype)
-        self.chunk_tokens = options.chunk_tokens or default_chunk_tokens(weight.shape[1], len(weight), weight.device)
+        self.chunk_tokens = options.chunk_tokens or default_chunk_tokens(len(weight), weight.device)
         self.vocabulary = options.vocabulary
         self._backend = backends.choose(options.backend, weight.device, weight.dtype)
         self._epilogue = backends.epilogue(self._backend)
