@@ -33,6 +33,6 @@ def test_chunks_are_filled_as_far_as_whole_sequences_allow():
 
 def test_default_chunks_are_larger_for_a_small_vocabulary():
     cpu = torch.device("cpu")
-    assert default_chunk_tokens(151936, cpu) == 512
+    assert default_chunk_tokens(151936, cpu) == 384
     assert default_chunk_tokens(32, cpu) * 32 * 4 == 16 << 20
     assert default_chunk_tokens(151936, torch.device("cuda")) == 4096
