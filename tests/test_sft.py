@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oapl_engine.config import ConfigError, Data, MicroModel, Run, SftRecipe, SftTrain
+from oapl_engine.data import load_task
 from oapl_engine.data.micro import micro_tokenizer
 from oapl_engine.samples import Prompt
 from oapl_engine.sft import IGNORED, greedy_accuracy, pad_examples, run_sft
@@ -69,18 +70,15 @@ def test_loss_covers_the_answer_and_its_end_only():
         assert first == len(question) - 1
 
 
-def test_greedy_accuracy_agrees_with_generation(folder):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    prompt = torch.tensor([tokenizer.encode("42>")])
-    new = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, min_new_tokens=3)[0, 3:]
-    # with what the model says itself as the solution, every token is right; with another one it is not
-    said = tokenizer.decode(new)
-    ids = prompt[0].numpy().astype(np.int32)
-    model.generation_config.eos_token_id = None
-    follow = model(torch.tensor([prompt[0].tolist() + new.tolist()])).logits[0, -1].argmax().item()
-    expected = 1.0 if follow == tokenizer.eos_token_id else 0.0
-    assert greedy_accuracy(model, (Prompt("a", ids, "sort", {"solution": said}),), tokenizer) == expected
-    assert greedy_accuracy(model, (Prompt("a", ids, "sort", {"solution": "#####"}),), tokenizer) == 0.0
+def test_greedy_accuracy_is_the_share_that_greedy_decoding_gets_right(tmp_path):
+    run_sft(recipe(tmp_path / "micro", steps=40, digits=2))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "micro"), micro_tokenizer()
+    task = load_task(dataclasses.replace(recipe("").data, options={"digits": 2}, held_out=40), 0, tokenizer)
+    ids = torch.tensor(np.stack([p.token_ids for p in task.held_out])).long()
+    new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)[:, ids.shape[1] :]
+    right = [tokenizer.decode(n) == p.record["answer"] + "<eos>" for n, p in zip(new, task.held_out, strict=True)]
+    assert 0 < sum(right) < len(right)
+    assert greedy_accuracy(model, task.held_out, tokenizer) == sum(right) / len(right)
 
 
 def test_a_folder_with_other_files_is_not_written_over(tmp_path):
@@ -92,5 +90,5 @@ def test_a_folder_with_other_files_is_not_written_over(tmp_path):
 
 def test_an_example_longer_than_the_model_is_named(tmp_path):
     long = dataclasses.replace(recipe(tmp_path / "m").data, template="#" * 250 + "{question}")
-    with pytest.raises(ConfigError, match="258 tokens, the model takes 256"):
+    with pytest.raises(ConfigError, match="258 tokens, the micro model takes 256"):
         run_sft(dataclasses.replace(recipe(tmp_path / "m"), data=long))

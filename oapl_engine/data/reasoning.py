@@ -18,7 +18,8 @@ def reasoning_source(task: str, options: dict[str, Any]) -> Source:
     """Source of reasoning-gym data set `task`; options go to the data set's own config. Raises ConfigError.
 
     Two options are read here: `size`, problems an epoch, and `question`, the metadata field that stands for the
-    question (chain_sum's "expression", say, for few-shot prompts), default the question as worded by the data set.
+    question (chain_sum's "expression", say, for few-shot prompts; lists are joined by commas), default the question as
+    worded by the data set.
     """
     settings = {"seed": 0, "size": SIZE} | options
     field = settings.pop("question", "question")
@@ -29,7 +30,7 @@ def reasoning_source(task: str, options: dict[str, Any]) -> Source:
             entry = dataset[index]
         except IndexError as error:
             raise ConfigError(f"{task} has no problem {index}: raise data.options.size = {settings['size']}") from error
-        record = {"dataset": task, "entry": json.loads(json.dumps(entry))}  # plain JSON from the start: no tuples
+        record = {"dataset": task, "entry": json.loads(json.dumps(entry, default=str))}  # no tuples, no dates
         return Problem(f"{task}-{index}", _question(task, field, entry), record)
 
     problem(0)
@@ -37,10 +38,11 @@ def reasoning_source(task: str, options: dict[str, Any]) -> Source:
 
 
 def _question(task: str, field: str, entry: dict[str, Any]) -> str:
-    fields = {"question": entry["question"], **entry["metadata"]}
+    fields = entry["metadata"] | {"question": entry["question"]}
     if field not in fields:
         raise ConfigError(f'data.options.question = "{field}": {task} has no such field; {nearest(field, fields)}')
-    return str(fields[field])
+    value = fields[field]
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _create(task: str, settings: dict[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """reasoning-gym by name."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -42,6 +43,23 @@ def test_a_task_by_name_with_options():
 def test_bad_names_and_options_are_named(task, options, message):
     with pytest.raises(ConfigError, match=message):
         reasoning_source(task, options)
+
+
+def question(task, **options):
+    return reasoning_source(task, options).problem(3).question
+
+
+def test_the_question_is_the_data_sets_own_unless_a_field_is_named():
+    assert "\nWho " in question("needle_haystack")  # its metadata has a field "question" too, without the haystack
+    assert re.fullmatch(r"\w+, \w+, \w+", question("word_sorting", min_words=3, max_words=3, question="original_words"))
+
+
+@pytest.mark.parametrize("task", ["gsm_symbolic", "time_intervals", "calendar_arithmetic", "rearc", "simple_equations"])
+def test_records_are_json_and_score_their_own_answers(task):
+    source = reasoning_source(task, {"size": 50})
+    for record in (source.problem(i).record for i in range(20)):
+        assert json.loads(json.dumps(record)) == record
+        assert verify("reasoning_gym", record["entry"]["answer"], record).reward == 1
 
 
 def test_without_pycosat_only_zebra_puzzles_are_refused():
