@@ -7,7 +7,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +24,7 @@ import psutil
 from oapl_engine.config import RunError
 from oapl_engine.inference import protocol
 from oapl_engine.inference.client import EngineClient
+from oapl_engine.inference.engine_process import remove_traces
 from oapl_engine.inference.protocol import Reply
 
 STOP_SECONDS = 10.0
@@ -99,7 +99,8 @@ class Engine:
             self._process.kill()
             self._process.wait()
         self._clean_up()
-        self._watch.join()
+        if threading.current_thread() is not self._watch:  # on_lost runs there, and may restart
+            self._watch.join()
 
     def restart(self) -> None:
         """A fresh process, incarnation + 1, with the weights of options.model: publish before it may serve a newer
@@ -174,7 +175,7 @@ class Engine:
     def _clean_up(self) -> None:
         """Whoever is left in the engine's session (workers of a killed engine), and its folder."""
         kill_session(self._process.pid)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove_traces(self._folder)
 
 
 def start_engine(
@@ -219,4 +220,4 @@ def reclaim_folders() -> None:
     for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
         owner = folder.name.removeprefix(FOLDER_PREFIX).split("-")[0]
         if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_traces(str(folder))
