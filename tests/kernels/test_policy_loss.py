@@ -200,7 +200,7 @@ def test_micro_batches_add_up_to_the_whole():
             normalizer=case.normalizer, bias=case.bias,
         ).loss  # fmt: skip
         micro.backward()
-        loss += float(micro)
+        loss += float(micro.detach())
     assert loss == pytest.approx(float(whole["loss"]))
     torch.testing.assert_close(hidden.grad, whole["hidden"])
     torch.testing.assert_close(weight.grad, whole["weight"])
