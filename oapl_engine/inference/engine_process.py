@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -323,12 +324,22 @@ def engine_arguments(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def end(code: int, folder: str) -> None:
-    """Leave at once: end our children (their resource tracker cleans up shared memory), remove our folder."""
-    for child in psutil.Process().children(recursive=True):
-        if "resource_tracker" not in " ".join(child.cmdline()):
-            child.kill()
-    shutil.rmtree(folder, ignore_errors=True)
+    """Leave at once: end our children (their resource tracker cleans up shared memory), remove our traces."""
+    children = psutil.Process().children(recursive=True)
+    children = [c for c in children if "resource_tracker" not in " ".join(c.cmdline())]
+    for child in children:
+        child.kill()
+    psutil.wait_procs(children, 2)
+    remove_traces(folder)
     os._exit(code)
+
+
+def remove_traces(folder: str) -> None:
+    """Our temporary folder, and shared memory of tensor parallel ranks, which vLLM names after a file in there."""
+    for store in Path(folder).glob("vllm_dist_*"):
+        for segment in Path("/dev/shm").glob(f"{store.name}-*"):
+            segment.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def watch_owner(owner: int, folder: str) -> None:
@@ -380,12 +391,10 @@ async def run(options: dict[str, Any]) -> None:
     check_peer(connection)
     llm, stops = await start_llm(options)
     if options["tensor_parallel"] == 1:
-        shutil.rmtree(options["folder"], ignore_errors=True)
+        remove_traces(options["folder"])
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # covers a process that is stopped or stuck
     server = EngineServer(llm, stops, options)
     await serve(server, connection)
-    if options["tensor_parallel"] > 1:
-        llm.shutdown(timeout=5)
 
 
 def main() -> None:
