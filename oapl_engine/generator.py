@@ -102,6 +102,7 @@ class Generator:
     retries: list[Attempt] = field(default_factory=list)
     in_flight: dict[str, Attempt] = field(default_factory=dict)
     deaths: int = 0
+    deaths_seen: queue.SimpleQueue[Engine | None] = field(default_factory=queue.SimpleQueue)
     since: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
     failure: BaseException | None = None
@@ -114,7 +115,8 @@ class Generator:
         """Start the engine on the start model's weights; EngineReady follows in the inbox."""
         options = self._engine_options()
         self.learner.display.show_phase("start", "engine (vLLM)")
-        self.engine = start_engine(options, self.learner.run_dir / "engine.log", on_lost=self._on_lost)
+        self.engine = start_engine(options, self.learner.run_dir / "engine.log", on_lost=self.deaths_seen.put)
+        threading.Thread(target=self._keep_engine, name="keep-engine", daemon=True).start()
         self.collector = Collector(self.engine.client, self._verify, self._on_group, self._on_failure)
         self.publisher = self._publisher()
         self.inbox.put(e.EngineReady(0))
@@ -176,6 +178,7 @@ class Generator:
 
     def close(self) -> None:
         """Stop engine, collector, publisher and verifiers; nothing is left behind."""
+        self.deaths_seen.put(None)
         self.pool.close()
         if hasattr(self, "publisher"):
             self.publisher.close()
@@ -317,8 +320,17 @@ class Generator:
         self.failure = error
         self.inbox.put(e.Stop(now=True))
 
-    def _on_lost(self, engine: Engine) -> None:
-        """On the watcher's thread: account for what was in flight, start a fresh process, say both to the scheduler."""
+    def _keep_engine(self) -> None:
+        """Replace an engine that died. A thread for the life of the run: an engine dies with the thread that started it
+        (PR_SET_PDEATHSIG)."""
+        while (engine := self.deaths_seen.get()) is not None:
+            try:
+                self._replace(engine)
+            except EngineStartError as error:
+                self._on_failure(error)
+
+    def _replace(self, engine: Engine) -> None:
+        """Account for what was in flight, start a fresh process, say both to the scheduler."""
         until = time.monotonic() + DRAIN_SECONDS
         while self.in_flight and time.monotonic() < until:
             time.sleep(0.05)
@@ -326,13 +338,8 @@ class Generator:
         self.learner.display.say(f"engine incarnation {engine.options.incarnation} died; see {engine.log_path}")
         self.inbox.put(e.EngineLost(0))
         if self.deaths > RESTARTS:
-            self._on_failure(EngineStartError(f"the engine died {self.deaths} times in a row; see {engine.log_path}"))
-            return
-        try:
-            engine.restart()
-        except EngineStartError as error:
-            self._on_failure(error)
-            return
+            raise EngineStartError(f"the engine died {self.deaths} times in a row; see {engine.log_path}")
+        engine.restart()
         self.collector.attach(engine.client)
         self.publisher.engine_restarted()
         self.inbox.put(e.EngineReady(0))

@@ -35,7 +35,7 @@ def run_recipe(recipe: Recipe) -> int:
         rooms.callback(display.close)
         model = replace(recipe.model, path=str(resolve_model(recipe.model.path)))
         learner = open_learner(recipe, model, run_dir, display)
-        handlers = learner.handlers()
+        handlers, generator = learner.handlers(), None
         rooms.enter_context(stop_on_signal(inbox))
         if recipe.schedule.mode == "offline":
             learner.import_rollouts()
@@ -47,6 +47,8 @@ def run_recipe(recipe: Recipe) -> int:
         evaluated = max(read_evaluations(run_dir), default=-1)
         state = resume_state(settings_of(recipe), learner.step, learner.log, learner.journal, evaluated)
         state, code = driver.drive(state, inbox, handlers, run_dir / "events.jsonl")
+        if generator and generator.failure:
+            raise generator.failure
     if code == 0:
         print(summary(recipe, state.step), flush=True)
     return code

@@ -67,7 +67,7 @@ def micro_model(tmp_path_factory):
     from oapl_engine.sft import run_sft
 
     out = tmp_path_factory.mktemp("models") / "micro"
-    run_sft(load_sft_recipe(ROOT / "recipes" / "micro_sft.toml", ["--model.out", str(out)]))
+    run_sft(load_sft_recipe(ROOT / "recipes" / "micro_sft.toml", ["--model.out", str(out), "--run.threads", "1"]))
     return out
 
 
