@@ -93,6 +93,7 @@ class Engine:
         self._stopping = True
         with contextlib.suppress(OSError):  # already closed: the engine is gone
             self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
         try:
             self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:

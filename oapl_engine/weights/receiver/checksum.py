@@ -22,7 +22,7 @@ Words = NDArray[np.uint32]
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """h_0 | h_1 << 32 of the bytes of a CPU tensor, in row-major order. Any dtype. Uses a few threads."""
+    """h_0 | h_1 << 32 of the bytes of a tensor, in row-major order. Any dtype; computed on the CPU by a few threads."""
     words = as_words(tensor)
     chunks = range(-(-len(words) // CHUNK))
     add = functools.partial(_chunk, words)
@@ -38,7 +38,7 @@ def combine(parts: list[tuple[int, int]]) -> int:
 
 def as_words(tensor: torch.Tensor) -> Words:
     """The bytes of a tensor as u32, zero-padded; no copy where it is contiguous and a multiple of 4 bytes."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     if flat.numel() % 4:
         flat = torch.nn.functional.pad(flat, (0, 4 - flat.numel() % 4))
     return flat.numpy().view("<u4")

@@ -99,8 +99,9 @@ class InPlaceUpdate:
                 self._refuse(PlanError(source.name, f"checksum {expected:016x}", f"{found:016x} in the bucket"))
         for source in sources:
             for live, sent in source.pairs:
-                self.changed += int(torch.count_nonzero(live != sent))
-                live.copy_(sent)
+                arrived = sent.to(live.device)
+                self.changed += int(torch.count_nonzero(live != arrived))
+                live.copy_(arrived)
             self.checksums[source.name] = checksum(source.read_back())
 
     def finish(self) -> None:
