@@ -9,9 +9,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from oapl_engine.config import ConfigError, Recipe
 from oapl_engine.data.model_folder import resolve_model
+from oapl_engine.evaluation.evaluate import compare, read_problems
 from oapl_engine.generator import open_generator
 from oapl_engine.learner import open_learner
 from oapl_engine.report.display import Display
@@ -71,10 +73,18 @@ def stop_on_signal(inbox: queue.SimpleQueue[e.Event]) -> Iterator[None]:
 
 
 def summary(recipe: Recipe, steps: int) -> str:
-    """The last line on stdout: `done: steps=… pass@1 before=… after=… run=…`."""
-    rows = read_evaluations(recipe.run.dir)
+    """What was done and where it lies; the last line is `done: steps=… pass@1 before=… after=… run=…`."""
+    run = Path(recipe.run.dir)
+    rows = read_evaluations(run)
     before, after = (f"{rows[s]['pass_at_k']:.4f}" if s in rows else "-" for s in (0, steps))
-    return f"done: steps={steps} pass@1 before={before} after={after} run={recipe.run.dir}"
+    lines = [f"model: {run / 'checkpoints' / f'step_{steps:06d}'}   metrics: {run / 'metrics.jsonl'}"]
+    if {0, steps} <= rows.keys():
+        found = {result.step: result for result in read_problems(run)}
+        change, error = compare(found[0], found[steps])
+        done = f"{steps} steps of {recipe.objective.name}, L = {recipe.schedule.lag}, seed {recipe.run.seed}"
+        difference = f"held-out pass@1 {change:+.4f} ± {error:.4f} (paired) on {len(found[0].problems)} problems"
+        lines.insert(0, f"{done}: {difference}")
+    return "\n".join([*lines, f"done: steps={steps} pass@1 before={before} after={after} run={recipe.run.dir}"])
 
 
 if __name__ == "__main__":
