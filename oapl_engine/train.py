@@ -33,7 +33,7 @@ def run_recipe(recipe: Recipe) -> int:
     with ExitStack() as rooms:
         run_dir, lock = open_run(recipe)
         rooms.callback(lock.close)
-        display = Display(recipe.schedule.steps)
+        display = Display(recipe.schedule.steps, recipe.schedule.lag)
         rooms.callback(display.close)
         model = replace(recipe.model, path=str(resolve_model(recipe.model.path)))
         learner = open_learner(recipe, model, run_dir, display)

@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 TEXT = (ROOT / "README.md").read_text()
 LINES = [line for block in re.findall(r"```\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
 COMMANDS = [line for line in LINES if line.startswith(("oapl ", "torchrun ", "make ", "python -m "))]
-SMALL = "--schedule.steps 2 --schedule.lag 1 --data.held_out 4 --evaluation.n 1 --run.threads 1".split()
+SMALL = {"schedule.steps": 2, "schedule.lag": 1, "data.held_out": 4, "evaluation.n": 1, "run.threads": 1}
 # Run as they stand elsewhere: make by CI and a person, torchrun by test_train_live.py, the benchmarks by their tests.
 ELSEWHERE = ("make quickstart", "make test", "make prove", "torchrun ", "python -m benchmarks ")
 
@@ -52,7 +52,8 @@ def test_commands_without_an_engine(line, tmp_path, micro_model, micro_rollouts)
 @pytest.mark.live
 def test_a_command_with_an_engine(tmp_path, micro_model):
     line = next(c for c in COMMANDS if "--schedule.lag 16" in c)
-    words = [*line.split()[1:], *SMALL, "--model.path", str(micro_model), "--run.dir", str(tmp_path)]
+    small = [word for k, v in SMALL.items() for word in (f"--{k}", str(v))]
+    words = [*line.split()[1:], *small, "--model.path", str(micro_model), "--run.dir", str(tmp_path)]
     assert run(words, tmp_path).splitlines()[-1].startswith("done: steps=2 ")
 
 

@@ -17,8 +17,8 @@ PLAIN_EVERY_SECONDS = 5.0
 class Display:
     """Shows phase, step, reward, lag, tokens/s and the time left. Everything goes to stderr; stdout is for results."""
 
-    def __init__(self, steps: int, live: bool | None = None):
-        self.steps = steps
+    def __init__(self, steps: int, window: int = 1, live: bool | None = None):
+        self.steps, self.window = steps, window
         self.phase, self.detail, self.last_plain = "starting", "", 0.0
         self.row: dict[str, Any] = {}
         self.step_seconds: list[float] = []
@@ -68,10 +68,13 @@ class Display:
         return table
 
     def _left(self) -> str:
-        if not self.step_seconds:
+        """Time left, once a whole window has been seen: its first step waited for all of the window's groups."""
+        step = self.row.get("step", 0)
+        seen = len(self.step_seconds)
+        if seen < min(self.window, self.steps):
             return ""
-        recent = self.step_seconds[-32:]
-        seconds = sum(recent) / len(recent) * (self.steps - self.row.get("step", 0))
+        recent = self.step_seconds[-self.window :]
+        seconds = sum(recent) / len(recent) * (self.steps - step)
         return f"{seconds / 60:.1f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
 
 
