@@ -60,9 +60,7 @@ def make_problem(shape: str, dtype: torch.dtype, sequences: int) -> Problem:
     behavior = torch.full((tokens,), -float(torch.tensor(vocabulary).log()), device=DEVICE)
     offsets = torch.arange(0, tokens + 1, tokens // sequences, device=DEVICE)
     advantage = torch.linspace(-1, 1, sequences, device=DEVICE)
-    return Problem(
-        hidden, weight, target, behavior, advantage, offsets, default_chunk_tokens(vocabulary, DEVICE)
-    )
+    return Problem(hidden, weight, target, behavior, advantage, offsets, default_chunk_tokens(vocabulary, DEVICE))
 
 
 def fused(backend: str, objective: Objective) -> Callable[[Problem], Tensor]:

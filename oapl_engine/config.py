@@ -193,7 +193,9 @@ class ObjectiveSection:
 class Train:
     """How a step is computed; changes speed and memory, not the mathematics."""
 
-    token_budget: int = Field(default=8192, ge=1, description="packed tokens a micro-batch; a longer group goes alone")
+    token_budget: int = Field(
+        default=8192, ge=1, description="packed tokens a micro-batch; a longer group is split between its responses"
+    )
     share_prompts: bool = Field(default=True, description="compute a group's prompt once; exact")
     checkpoint_activations: bool = Field(
         default=False, description="recompute activations in backward: less memory, slower"
