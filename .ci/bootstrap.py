@@ -104,8 +104,8 @@ def reason(log):
     """What went wrong in the words of someone who can mend it."""
     if "No matching distribution found for torch" in log and "(from versions: none)" not in log:
         return (
-            "your package index has no CPU build of torch (2.13.0+cpu): add PyTorch's index of CPU wheels, named on its "
-            "'Get Started' page, with PIP_EXTRA_INDEX_URL"
+            "your package index has no CPU build of torch (2.13.0+cpu): add PyTorch's index of CPU wheels, named on "
+            "its 'Get Started' page, with PIP_EXTRA_INDEX_URL"
         )
     offline = ("NewConnectionError", "name resolution", "ConnectTimeoutError", "ProxyError", "(from versions: none)")
     if any(word in log for word in offline):
