@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, run, text in (
         ("rollouts", _rollouts, "export the rollouts of a run, one JSON object a line"),
+        ("figure", _figure, "draw a run: reward and held-out pass@1, lag, distance from the engine"),
         ("configuration", _configuration, "print docs/configuration.md"),
     ):
         _add(commands, name, run, text, "")
@@ -70,8 +71,11 @@ def _add(commands: argparse._SubParsersAction, name: str, run: Callable, text: s
     command.set_defaults(run=run)
     if name in ("train", "sft"):
         command.add_argument("recipe", help="TOML file; fields below are overridden with --section.field VALUE")
-    if name == "rollouts":
+    if name in ("rollouts", "figure"):
         command.add_argument("run_dir", metavar="RUN", help="run directory")
+    if name == "figure":
+        command.add_argument("out", metavar="FILE", help="picture to write: .svg, .png or .pdf")
+    if name == "rollouts":
         command.add_argument("--format", choices=["jsonl"], default="jsonl")
 
 
@@ -124,6 +128,14 @@ def _rollouts(arguments: argparse.Namespace, rest: list[str]) -> int:
         raise ConfigError(f"{run} holds no rollouts/: name the directory of a run")
     for row in export_rollouts(run):
         print(json.dumps(row))
+    return OK
+
+
+def _figure(arguments: argparse.Namespace, rest: list[str]) -> int:
+    _refuse(rest)
+    from oapl_engine.report.figure import plot_run
+
+    plot_run(Path(arguments.run_dir), Path(arguments.out))
     return OK
 
 

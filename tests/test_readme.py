@@ -36,10 +36,11 @@ def test_the_readme_shows_commands():
 @pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("oapl ") and "micro.toml" not in c])
 def test_commands_without_an_engine(line, tmp_path, micro_model, micro_rollouts):
     words = line.split()[1:]
-    if words[0] == "rollouts":
+    if words[0] in ("rollouts", "figure"):
         arguments = ["--data.path", str(micro_rollouts), "--model.path", str(micro_model), "--schedule.steps", "1"]
         run(["train", "recipes/micro_offline.toml", *arguments, "--run.dir", str(tmp_path)], tmp_path)
         words[1] = str(tmp_path)
+        words[2:3] = [str(tmp_path / "run.svg")] if words[0] == "figure" else words[2:3]
     elif words[0] == "sft":
         words += ["--train.steps", "2", "--model.out", str(tmp_path / "model")]
     elif "--help" not in words:
