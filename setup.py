@@ -1,35 +1,24 @@
 """Packages oapl_engine and oapl_kernels, and the optional C++ epilogue (pybind11, without CUDA or torch headers)."""
 
-import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
-from setuptools.command.build_ext import build_ext
-
-SOURCES = sorted(str(p) for p in Path("csrc").glob("*.cpp"))
-
-
-class OptionalBuild(build_ext):
-    """Without a compiler the package installs all the same: oapl_kernels then uses its torch backend."""
-
-    def build_extension(self, ext):
-        try:
-            super().build_extension(ext)
-        except Exception as error:  # compilers fail in many ways, and the way out is the same for all
-            print(f"oapl_kernels._epilogue was not built ({error}); backend 'torch' takes its place", file=sys.stderr)
 
 
 def extensions():
+    """Optional: without a compiler the package installs all the same, and oapl_kernels uses its torch backend."""
     try:
         from pybind11.setup_helpers import Pybind11Extension
     except ImportError:
         return []
-    if not SOURCES:
-        return []
-    flags = ["-O3", "-pthread", "-fvisibility=hidden"]
     return [
         Pybind11Extension(
-            "oapl_kernels._epilogue", SOURCES, cxx_std=17, extra_compile_args=flags, extra_link_args=["-pthread"]
+            "oapl_kernels._epilogue",
+            sorted(str(path) for path in Path("csrc").glob("*.cpp")),
+            cxx_std=17,
+            extra_compile_args=["-O3", "-pthread", "-fvisibility=hidden"],
+            extra_link_args=["-pthread"],
+            optional=True,
         )
     ]
 
@@ -39,5 +28,4 @@ setup(
     package_dir={"oapl_kernels": "kernels/oapl_kernels"},
     package_data={"oapl_engine": ["py.typed"], "oapl_kernels": ["py.typed"]},
     ext_modules=extensions(),
-    cmdclass={"build_ext": OptionalBuild},
 )

@@ -11,7 +11,14 @@ from tests.conftest import ROOT
 TEXT = (ROOT / "README.md").read_text()
 LINES = [line for block in re.findall(r"```\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
 COMMANDS = [line for line in LINES if line.startswith(("oapl ", "torchrun ", "make ", "python -m "))]
-SMALL = {"schedule.steps": 2, "schedule.lag": 1, "data.held_out": 4, "evaluation.n": 1, "run.threads": 1}
+SMALL = {
+    "schedule.mode": "sync",
+    "schedule.steps": 2,
+    "schedule.lag": 1,
+    "data.held_out": 4,
+    "evaluation.n": 1,
+    "run.threads": 1,
+}
 # Run as they stand elsewhere: make by CI and a person, torchrun by test_train_live.py, the benchmarks by their tests.
 ELSEWHERE = ("make quickstart", "make test", "make prove", "torchrun ", "python -m benchmarks ")
 
