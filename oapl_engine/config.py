@@ -454,7 +454,7 @@ def _explain(section: str, kind: type, error: pydantic.ValidationError) -> str:
 
 def check_together(recipe: Recipe) -> None:
     """Rules that involve several fields. Raises ConfigError."""
-    for rule in (_check_schedule, _check_objective, _check_sampling, _check_data, _check_evaluation):
+    for rule in (_check_schedule, _check_objective, _check_sampling, _check_data, _check_evaluation, _check_built):
         rule(recipe)
 
 
@@ -516,6 +516,17 @@ def _check_evaluation(r: Recipe) -> None:
     for k in r.evaluation.k if r.evaluation.n else ():
         if not 1 <= k <= r.evaluation.n:
             raise ConfigError(f"evaluation.k = {k}: pass@k needs 1 <= k <= evaluation.n = {r.evaluation.n}")
+
+
+def _check_built(r: Recipe) -> None:
+    """What the contract has a field for and this version cannot do is refused, never ignored."""
+    if r.rollout.engines > 1 or r.rollout.urls:
+        raise ConfigError(
+            f"rollout.engines = {r.rollout.engines}, rollout.urls = {r.rollout.urls}: this version drives one engine "
+            "of its own; set engines = 1 and urls = []"
+        )
+    if r.weights.transport not in ("auto", "memfd"):
+        raise ConfigError(f'weights.transport = "{r.weights.transport}" is not built yet; use "auto" or "memfd"')
 
 
 def to_toml(recipe: Recipe | SftRecipe) -> dict[str, Any]:

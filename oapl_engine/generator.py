@@ -44,12 +44,16 @@ def open_generator(learner: Learner, inbox: queue.SimpleQueue[e.Event]) -> Itera
     context = context_length(learner)
     data = replace(recipe.data, max_prompt_tokens=context - recipe.sampling.max_new_tokens)
     task = load_task(data, recipe.run.seed, learner.policy.tokenizer)
+    held_out = task.held_out
+    if recipe.evaluation.task:
+        other = replace(data, task=recipe.evaluation.task)
+        held_out = load_task(other, recipe.run.seed, learner.policy.tokenizer).held_out
     name, options = recipe.reward.name or task.verifier, {**task.verifier_options, **recipe.reward.options}
     check_name(name)
     check_options(name, options)
     pool = VerifierPool(recipe.reward.workers, recipe.reward.timeout_seconds, recipe.reward.memory_mb)
     generator = Generator(
-        *(learner, task, context, name, options, pool, inbox, learner.position),
+        *(learner, task, held_out, context, name, options, pool, inbox, learner.position),
         logged=frozenset(learner.log.group_keys()),
         incarnation=learner.journal.incarnations(),
     )
@@ -91,6 +95,7 @@ class Generator:
 
     learner: Learner
     task: Task
+    held_out: tuple[Prompt, ...]
     context: int
     verifier: str
     verifier_options: dict[str, Any]
@@ -286,11 +291,11 @@ class Generator:
     def evaluate(self, command: e.Evaluate) -> e.EvaluationDone | None:
         """Held-out pass@k of the version that serves; None where the engine died."""
         learner, recipe = self.learner, self.recipe
-        learner.display.show_phase("evaluate", f"{len(self.task.held_out)} problems x {recipe.evaluation.n}")
+        learner.display.show_phase("evaluate", f"{len(self.held_out)} problems x {recipe.evaluation.n}")
         try:
             with learner.stopwatch.measure("evaluate"):
                 result = evaluate(
-                    *(self.task.held_out, self._responses, self._verdicts, recipe.evaluation),
+                    *(self.held_out, self._responses, self._verdicts, recipe.evaluation),
                     step=command.step,
                     version=learner.version,
                     seed=recipe.run.seed,

@@ -126,8 +126,10 @@ class Learner:
             self.display.say(f"step {command.step} skipped: {result.reason}")
         used = list(data.keys) if result is not None and result.stepped else []
         self.journal.done(command.step, self.version, command.keys, used, None)
-        self.display.show_step(self.metrics.write(self._row(groups, data, result)))
-        return e.StepDone(command.step)
+        row = self.metrics.write(self._row(groups, data, result))
+        self.display.show_step(row)
+        # The rollouts are samples of π_vllm, so the mean of ln π_vllm - ln π over them estimates KL(π_vllm‖π).
+        return e.StepDone(command.step, None if row["log_ratio_mean"] is None else -row["log_ratio_mean"])
 
     def _optimize(self, step: int, data: StepData) -> StepResult | None:
         """None where every group was dropped by rule: the step counts, the weights stay."""

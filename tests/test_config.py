@@ -60,6 +60,8 @@ def recipe(tmp_path):
         ("--schedule.mode sync", ["sync", "lag = 1"]),
         ("--schedule.lag", ["has no value"]),
         ("--lag 3", ["--section.field value"]),
+        ("--rollout.engines 2", ["rollout.engines = 2", "one engine"]),
+        ("--weights.transport nccl", ['weights.transport = "nccl"', "memfd"]),
     ],
 )
 def test_what_is_wrong_is_named(recipe, override, words):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
@@ -91,8 +90,3 @@ def _summary(row: dict[str, Any]) -> str:
     if seconds and row.get("tokens_trained") is not None:
         parts.append(f"{row['tokens_trained'] / seconds:.0f} tokens/s")
     return "  ".join(parts) if row else ""
-
-
-def warn(text: str) -> None:
-    """One plain line on stderr, for before a display exists."""
-    print(text, file=sys.stderr, flush=True)

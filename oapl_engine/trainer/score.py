@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -48,19 +48,3 @@ def _spread(batch: Batch, values: NDArray[np.float32]) -> NDArray[np.float32]:
     rows = np.zeros(len(batch.target), np.float32)
     rows[batch.rows] = values
     return rows
-
-
-def logprob_gap(
-    trainer: Mapping[str, NDArray[np.float32]], engine: Mapping[str, NDArray[np.float32]]
-) -> dict[str, float]:
-    """Trainer against engine on the same rollouts and weights: mean and max |difference|, and k3 = E[e^d - d - 1].
-
-    d = trainer - engine, nats a token; k3 estimates KL(engine || trainer) without bias (Schulman 2020).
-    """
-    d = np.concatenate([trainer[key].astype(np.float64) - engine[key] for key in engine])
-    k3 = float(np.mean(np.expm1(d) - d))
-    return {
-        "logprob_gap_mean": float(np.abs(d).mean()),
-        "logprob_gap_max": float(np.abs(d).max()),
-        "logprob_gap_k3": k3,
-    }

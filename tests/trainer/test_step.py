@@ -14,7 +14,7 @@ from oapl_engine import config
 from oapl_engine.trainer.checkpoint import weight_hash
 from oapl_engine.trainer.optimizer import learning_rate, make_optimizer
 from oapl_engine.trainer.packing import pack
-from oapl_engine.trainer.score import logprob_gap, scored_as
+from oapl_engine.trainer.score import scored_as
 from oapl_engine.trainer.step import NonFiniteError, train_step
 
 OPTIMIZER = config.Optimizer(learning_rate=1e-3)
@@ -141,15 +141,6 @@ def test_proximal_logprob(scene):
     filled = scored_as("proximal_logprob", policy, batches, 1.0)
     np.testing.assert_allclose(filled[0].proximal_logprob[filled[0].rows], policy.logprob(batches[0], 1.0).detach())
     assert step(scene, filled, decoupled_ppo()).stepped
-
-
-def test_logprob_gap():
-    """Known differences: mean 0.1, max 0.2; k3 by its formula."""
-    gap = logprob_gap({"a": np.array([-1.0, -2.0, -2.9])}, {"a": np.array([-1.0, -1.8, -3.0])})
-    d = np.array([0.0, -0.2, 0.1])
-    assert gap == pytest.approx(
-        {"logprob_gap_mean": 0.1, "logprob_gap_max": 0.2, "logprob_gap_k3": np.mean(np.exp(d) - d - 1)}
-    )
 
 
 def test_learning_rate():
