@@ -37,6 +37,8 @@ def run_recipe(recipe: Recipe) -> int:
         rooms.callback(display.close)
         model = replace(recipe.model, path=str(resolve_model(recipe.model.path)))
         learner = open_learner(recipe, model, run_dir, display)
+        rooms.callback(learner.journal.close)
+        rooms.callback(learner.log.close)
         handlers, generator = learner.handlers(), None
         rooms.enter_context(stop_on_signal(inbox))
         if recipe.schedule.mode == "offline":

@@ -124,6 +124,7 @@ def test_a_killed_run_leaves_nothing_and_goes_on(words, tmp_path, oapl):
     process.wait()
     assert_nothing_is_left(pids, shm)
     assert finish(words).startswith("done: steps=24")
+    assert_nothing_is_left([], shm)
     assert len(read_metrics(run / "metrics.jsonl")) == 24
     assert trained_twice(oapl, run) == []
     versions = [version for version, _ in Journal(run / "journal.sqlite").versions()]

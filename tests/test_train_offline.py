@@ -153,9 +153,7 @@ def test_bad_input_is_refused_and_nothing_is_written_over(refused, oapl, argumen
     refuse(["no_such_model"], arguments(model__path="no_such_model"))
     refuse(["did you mean oapl?"], arguments(objective__name="oapll"))
     assert oapl(*arguments(schedule__steps=2)).returncode == 0, "a refused run must not bind its directory"
-    before = sorted(
-        (p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "lock"
-    )
+    before = file_times(tmp_path / "run")
     refuse(
         ["belongs to another recipe", "objective.beta2 was 0.1, now 0.2"],
         arguments(schedule__steps=2, objective__beta2=0.2),
