@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 from oapl_engine.config import ConfigError, SftRecipe
 from oapl_engine.data.micro import BOS, EOS, PAD, VOCABULARY, micro_tokenizer
@@ -118,6 +119,7 @@ def greedy_accuracy(model: LlamaForCausalLM, prompts: tuple[Prompt, ...], tokeni
 
 def _save(model: LlamaForCausalLM, tokenizer: Any, out: Path) -> None:
     """Written beside `out`, then renamed: a folder that is there is whole."""
+    logging.disable_progress_bar()
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)

@@ -69,6 +69,9 @@ def _convert(source: Path, out: Path) -> None:
     """bf16, the precision in which the model was published; the four-bit values round far more coarsely than that."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one line of ours says what is going on
 
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     config = loaded.config.to_dict()
