@@ -7,7 +7,7 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from oapl_engine.data.task import Task, load_task
 from oapl_engine.evaluation.evaluate import append_evaluation, evaluate
 from oapl_engine.inference.client import EngineLost
 from oapl_engine.inference.collector import Collector
-from oapl_engine.inference.protocol import Sampling
+from oapl_engine.inference.protocol import Sample, Sampling
 from oapl_engine.inference.supervisor import Engine, EngineOptions, EngineStartError, start_engine
 from oapl_engine.learner import Learner
 from oapl_engine.rewards import Verdict, VerifierPool
@@ -57,6 +57,7 @@ def open_generator(learner: Learner, inbox: queue.SimpleQueue[e.Event]) -> Itera
         logged=frozenset(learner.log.group_keys()),
         incarnation=learner.journal.incarnations(),
     )
+    learner.first_unfinished = generator.first_unfinished
     try:
         generator.start()
         yield generator
@@ -153,6 +154,7 @@ class Generator:
             prompts = [self.task.prompt(i) for i in range(self.recipe.weights.golden_prompts)]
             samples = self.collector.generate_many(prompts, 1, self._sampling())
             pairs = zip(prompts, samples, strict=True)
+            self._count_evaluation(s for group in samples for s in group)
             probe = [[*p.token_ids.tolist(), *np.frombuffer(s[0].token_ids, "<i4").tolist()] for p, s in pairs]
             path.write_text(json.dumps(probe))
         found: list[list[int]] = json.loads(path.read_text())
@@ -213,6 +215,11 @@ class Generator:
                 self.in_flight[key] = attempt
             self.collector.submit(attempt.prompt, key, self.recipe.schedule.group_size, self._sampling())
         self._show_progress()
+
+    def first_unfinished(self) -> int:
+        """Position from which a resumed run must look for prompts: none before it is still to be generated."""
+        with self.lock:
+            return min([a.position for a in (*self.in_flight.values(), *self.retries)], default=self.position)
 
     def _next_attempt(self) -> Attempt:
         with self.lock:
@@ -313,9 +320,12 @@ class Generator:
         sampling = msgspec.structs.replace(self._sampling(), temperature=temperature)
         samples = self.collector.generate_many(prompts, n, sampling)
         responses = [[np.frombuffer(s.token_ids, "<i4").tolist() for s in group] for group in samples]
-        tokens = sum(len(r) for group in responses for r in group)
-        self.learner.journal.count_tokens(self.engine.options.incarnation, "evaluation", tokens)
+        self._count_evaluation(s for group in samples for s in group)
         return responses
+
+    def _count_evaluation(self, samples: Iterable[Sample]) -> None:
+        tokens = sum(len(s.token_ids) // 4 for s in samples)
+        self.learner.journal.count_tokens(self.engine.options.incarnation, "evaluation", tokens)
 
     def _verdicts(self, pairs: Sequence[tuple[Prompt, Sequence[int]]]) -> list[Verdict]:
         items = [(self._text(response), prompt.record) for prompt, response in pairs]

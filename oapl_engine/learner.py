@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,9 @@ def open_learner(recipe: Recipe, model: Model, run_dir: Path, display: Display) 
 
 @dataclass
 class Learner:
-    """Policy, optimizer and the files that make a step durable. `published`: what the last publish measured."""
+    """Policy, optimizer and the files that make a step durable. `published`: what the last publish measured.
+
+    position: in the order of prompts, as the checkpoint had it; first_unfinished: the generator's, for the next one."""
 
     recipe: Recipe
     model: Model
@@ -70,6 +72,7 @@ class Learner:
     stopwatch: Stopwatch
     step: int = 0
     position: int = 0
+    first_unfinished: Callable[[], int] = lambda: 0
     version: int = 0
     recorded_rewards: Mapping[str, NDArray[np.float64]] | None = None
     published: dict[str, float | None] = field(default_factory=dict)
@@ -189,7 +192,7 @@ class Learner:
 
     def checkpoint(self, command: e.Checkpoint) -> e.CheckpointDone:
         self.display.show_phase("checkpoint", f"step {command.step}")
-        extra = {"position": self.position, "version": self.version}
+        extra = {"position": self.first_unfinished(), "version": self.version}
         checkpoint.save(
             self.run_dir / "checkpoints", command.step, self.policy, self.optimizer, extra, self.recipe.checkpoint.keep
         )

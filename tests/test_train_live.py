@@ -18,6 +18,7 @@ from oapl_engine.report.metrics import KEYS, read_metrics
 from oapl_engine.rollout_log.journal import Journal
 from oapl_engine.scheduler import core, driver
 from oapl_engine.scheduler import events as e
+from oapl_engine.trainer.checkpoint import load_newest
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.live
@@ -100,7 +101,7 @@ def test_torchrun_trains_with_lag_and_accounts_for_every_token(words, tmp_path, 
     assert max(first_step_of_a_window) < 1e-4, "fresh rollouts must have the trainer's own log-probs"
     ledger = rows[-1]["ledger"]
     assert sum(ledger.values()) == rows[-1]["engine_tokens"]
-    assert ledger["lost"] <= 8 * 8, "only the probe's responses are generated outside log and evaluation"
+    assert ledger["lost"] == 0
     assert trained_twice(oapl, tmp_path / "run") == []
     evaluations = [json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").read_text().splitlines()]
     assert [(row["step"], row["n"], row["k"]) for row in evaluations] == [(0, 2, 1), (24, 2, 1)]
@@ -127,6 +128,9 @@ def test_a_killed_run_leaves_nothing_and_goes_on(words, tmp_path, oapl):
     assert_nothing_is_left([], shm)
     assert len(read_metrics(run / "metrics.jsonl")) == 24
     assert trained_twice(oapl, run) == []
+    assert (
+        json.loads((load_newest(run / "checkpoints").path / "trainer" / "extra.json").read_text())["position"] >= 24 * 8
+    )
     versions = [version for version, _ in Journal(run / "journal.sqlite").versions()]
     assert versions == sorted(set(versions)), "versions only grow, also across a resume"
 
@@ -161,3 +165,14 @@ def test_a_dead_engine_is_replaced_and_the_run_ends_with_the_accounts_right(word
     assert last["step"] == 24
     assert all(tokens >= 0 for tokens in last["ledger"].values())
     assert trained_twice(oapl, run) == []
+
+
+def test_async_overlaps_and_keeps_its_lag_bound(words, tmp_path, oapl):
+    """Two windows of 8 steps: a step may train on what was sampled up to 2L steps ago."""
+    assert finish([*words, "--schedule.mode", "async"]).startswith("done: steps=24")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert max(row["lag_max"] for row in rows) < 16
+    assert trained_twice(oapl, tmp_path / "run") == []
+    messages = driver.read_record(tmp_path / "run" / "events.jsonl")
+    first_step = next(i for i, m in enumerate(messages) if isinstance(m, e.StepDone))
+    assert any(isinstance(m, e.GroupDone) for m in messages[first_step:]), "groups arrive while steps are trained"
