@@ -513,6 +513,8 @@ def _check_data(r: Recipe) -> None:
 
 
 def _check_evaluation(r: Recipe) -> None:
+    if r.evaluation.n and not r.data.held_out and r.schedule.mode != "offline":
+        raise ConfigError("data.held_out = 0 leaves nothing to evaluate: raise it, or set evaluation.n = 0")
     for k in r.evaluation.k if r.evaluation.n else ():
         if not 1 <= k <= r.evaluation.n:
             raise ConfigError(f"evaluation.k = {k}: pass@k needs 1 <= k <= evaluation.n = {r.evaluation.n}")

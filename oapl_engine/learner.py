@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from oapl_engine.config import ConfigError, Model, Recipe
+from oapl_engine.config import ConfigError, Model, Recipe, RunError
 from oapl_engine.report.display import Display
 from oapl_engine.report.metrics import MetricsWriter
 from oapl_engine.report.stopwatch import Stopwatch
@@ -199,11 +199,17 @@ class Learner:
         return e.CheckpointDone(command.step)
 
     def _recomputed(self) -> dict[str, NDArray[np.float32]]:
-        """Log-probs of all waiting rollouts under π, kept on disk: after a kill π is no longer π_vllm."""
-        path = self.run_dir / "behavior" / f"step_{self.step:06d}.npz"
+        """Log-probs of all waiting rollouts under π_vllm, kept on disk: after the first step π is no longer π_vllm."""
+        published = max((step for _, step in self.journal.versions()), default=0)
+        path = self.run_dir / "behavior" / f"step_{published:06d}.npz"
         if path.exists():
             with np.load(path, allow_pickle=False) as stored:
                 return dict(stored)
+        if self.step != published:
+            raise RunError(
+                f"{path} is missing, and π at step {self.step} is not the policy that generated the rollouts (step "
+                f'{published}): start in a new run.dir, or with objective.behavior = "engine"'
+            )
         used = self.journal.uses()
         groups = [g for g in map(self.log.group, self.log.group_keys()) if not any(r.key in used for r in g.rollouts)]
         r = self.recipe

@@ -64,6 +64,7 @@ def stop_on_signal(inbox: queue.SimpleQueue[e.Event]) -> Iterator[None]:
 
     def ask(number: int, _: object) -> None:
         inbox.put(e.Stop())
+        os.write(2, b"stopping after a checkpoint; once more stops at once\n")
         signal.signal(number, signal.default_int_handler)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

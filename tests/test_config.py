@@ -60,6 +60,7 @@ def recipe(tmp_path):
         ("--schedule.mode sync", ["sync", "lag = 1"]),
         ("--schedule.lag", ["has no value"]),
         ("--lag 3", ["--section.field value"]),
+        ("--data.held_out 0", ["data.held_out = 0", "evaluation.n = 0"]),
         ("--rollout.engines 2", ["rollout.engines = 2", "one engine"]),
         ("--weights.transport nccl", ['weights.transport = "nccl"', "memfd"]),
     ],

@@ -135,7 +135,7 @@ def test_a_killed_run_leaves_nothing_and_goes_on(words, tmp_path, oapl):
     assert versions == sorted(set(versions)), "versions only grow, also across a resume"
 
 
-def test_ctrl_c_checkpoints_and_leaves_nothing(words, tmp_path):
+def test_ctrl_c_checkpoints_leaves_nothing_and_goes_on(words, tmp_path, oapl):
     shm = set(os.listdir("/dev/shm"))
     process = start(words)
     wait_for_steps(process, tmp_path / "run", 2)
@@ -143,7 +143,9 @@ def test_ctrl_c_checkpoints_and_leaves_nothing(words, tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130, process.stderr.read()
     assert_nothing_is_left(pids, shm)
-    assert list((tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert load_newest(tmp_path / "run" / "checkpoints").step >= 2
+    assert finish(words).startswith("done: steps=24")
+    assert trained_twice(oapl, tmp_path / "run") == []
 
 
 def test_a_dead_engine_is_replaced_and_the_run_ends_with_the_accounts_right(words, tmp_path, oapl):

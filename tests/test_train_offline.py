@@ -121,6 +121,7 @@ def test_the_authors_parquet(oapl, arguments, micro_rollouts, tmp_path):
     assert 'behavior = "recomputed"' in refused.stderr
     done = oapl(*arguments("recomputed", **overrides, objective__behavior="recomputed", schedule__steps=6))
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "recomputed" / "behavior" / "step_000000.npz").exists()
     row = read_metrics(tmp_path / "recomputed" / "metrics.jsonl")[0]
     assert abs(row["log_ratio_mean"]) < 1e-6, "before the first step, π is the policy that was rescored"
 
