@@ -16,6 +16,15 @@ def pytest_addoption(parser):
     parser.addoption("--proofs", help="write the figures that tests measured to this JSON file")
 
 
+def pytest_collection_modifyitems(items):
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        import torch
+
+        for item in gpu if not torch.cuda.is_available() else ():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
 def pytest_sessionfinish(session):
     path = session.config.getoption("--proofs")
     if path:
