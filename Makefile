@@ -11,7 +11,7 @@ test: setup
 	@$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
 prove: setup
-	@$(BIN)/python -m pytest -m "slow or gpu" --proofs proofs.json $(ARGS)
+	@$(BIN)/python -m pytest tests -m "slow or gpu" --proofs=proofs.json $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

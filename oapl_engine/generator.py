@@ -63,6 +63,15 @@ def open_generator(learner: Learner, inbox: queue.SimpleQueue[e.Event]) -> Itera
         yield generator
     finally:
         generator.close()
+        list_dropped(task, data.max_prompt_tokens, learner)
+
+
+def list_dropped(task: Task, limit: int, learner: Learner) -> None:
+    """Say how many prompts were over the limit, and keep their ids and lengths in dropped_prompts.json."""
+    if task.dropped:
+        path = learner.run_dir / "dropped_prompts.json"
+        path.write_text(json.dumps(task.dropped, indent=1) + "\n")
+        learner.display.say(f"{len(task.dropped)} prompts over data.max_prompt_tokens = {limit} were left out: {path}")
 
 
 def context_length(learner: Learner) -> int:

@@ -42,15 +42,17 @@ def open_learner(recipe: Recipe, model: Model, run_dir: Path, display: Display) 
     optimizer = make_optimizer(policy, recipe.optimizer)
     if newest:
         checkpoint.restore(newest, policy, optimizer)
+    journal = Journal(run_dir / "journal.sqlite")
     return Learner(
         *(recipe, model, run_dir, policy, optimizer),
         log=RolloutLog(run_dir / "rollouts" / "rank0.sqlite"),
-        journal=Journal(run_dir / "journal.sqlite"),
+        journal=journal,
         metrics=MetricsWriter(run_dir, recipe.report),
         display=display,
         stopwatch=Stopwatch(),
         step=newest.step if newest else 0,
         position=newest.extra["position"] if newest else 0,
+        version=max((version for version, _ in journal.versions()), default=0),
     )
 
 
@@ -192,7 +194,7 @@ class Learner:
 
     def checkpoint(self, command: e.Checkpoint) -> e.CheckpointDone:
         self.display.show_phase("checkpoint", f"step {command.step}")
-        extra = {"position": self.first_unfinished(), "version": self.version}
+        extra = {"position": self.first_unfinished()}
         checkpoint.save(
             self.run_dir / "checkpoints", command.step, self.policy, self.optimizer, extra, self.recipe.checkpoint.keep
         )
