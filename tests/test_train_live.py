@@ -117,10 +117,12 @@ def test_torchrun_trains_with_lag_and_accounts_for_every_token(words, tmp_path, 
 
 def test_a_killed_run_leaves_nothing_and_goes_on(words, tmp_path, oapl):
     run, shm = tmp_path / "run", set(os.listdir("/dev/shm"))
+    words = [*words, "--train.token_budget", "48"]  # many micro-batches: a step slow enough to be killed in mid-window
     process = start(words)
-    wait_for_steps(process, run, 11)
+    wait_for_steps(process, run, 1)
     pids = family(process)
     assert len(pids) > 2
+    wait_for_steps(process, run, 10)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert_nothing_is_left(pids, shm)

@@ -15,7 +15,10 @@ from oapl_kernels.objectives import OBJECTIVES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oapl_engine.config import ConfigError, load_recipe
+from oapl_engine.learner import open_learner
+from oapl_engine.report.display import Display
 from oapl_engine.report.metrics import KEYS, read_metrics
+from oapl_engine.rollout_log.journal import Journal
 from oapl_engine.train import run_recipe
 from oapl_engine.trainer.checkpoint import load_newest
 from tests.conftest import ROOT
@@ -82,6 +85,17 @@ def test_a_killed_run_resumes_to_the_same_weights(oapl, arguments, tmp_path):
     assert whole.weight_hash == killed.weight_hash
     rows = [json.loads(r) for r in oapl("rollouts", tmp_path / "killed").stdout.splitlines()]
     assert max(len(row["trained_steps"]) for row in rows) <= 4, "a rollout was used beyond its allowance"
+
+
+def test_a_resumed_learner_knows_the_version_that_serves(arguments, tmp_path):
+    words = [str(word) for word in arguments(schedule__steps=1)]
+    recipe = load_recipe(words[1], words[2:])
+    assert run_recipe(recipe) == 0
+    journal = Journal(tmp_path / "run" / "journal.sqlite")
+    for version in (0, 3):
+        journal.published(version, 1, "hash", 0)
+    learner = open_learner(recipe, recipe.model, tmp_path / "run", Display(1))
+    assert (learner.step, learner.version) == (1, 3)
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_exits_with_130(oapl, arguments, tmp_path):
