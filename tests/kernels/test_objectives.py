@@ -182,3 +182,11 @@ def test_soft_overlong_penalty_is_dapo_equation_13():
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_uncorrected_grpo_has_the_gradient_of_samples_taken_for_its_own():
+    logprob, inputs = batch()
+    logprob.requires_grad_()
+    (found,) = torch.autograd.grad(grpo(corrected=False).fn(logprob, inputs), logprob)
+    expected = -inputs.per_token(inputs.advantage / inputs.lengths()) * inputs.mask
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
