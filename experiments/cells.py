@@ -1,0 +1,118 @@
+"""Cells of a study: one training run each, a live engine included, kept as one line of a JSONL file.
+
+A cell that has its line is not run again; one that was killed goes on where its run directory stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oapl_engine.evaluation.evaluate import read_problems
+from oapl_engine.report.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+CURVE = 20  # steps that a point of a kept curve is the mean of
+CURVES = ("reward_mean", "entropy", "log_ratio_std", "grad_norm", "tokens_generated")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run of `oapl train`: `name` is unique in its study, `tags` say what it is, `settings` override the recipe."""
+
+    name: str
+    tags: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+
+def run_cells(recipe: str, cells: Sequence[Cell], out: Path, runs: Path, workers: int) -> int:
+    """Run what `out` has no line for yet, `workers` at a time; returns how many failed."""
+    todo = [cell for cell in cells if cell.name not in read_rows(out)]
+    print(f"{len(cells) - len(todo)} of {len(cells)} cells are in {out}; {len(todo)} to run", flush=True)
+    lock, started, failed, done = threading.Lock(), time.monotonic(), [0], [0]
+
+    def work(cell: Cell) -> None:
+        row = run_cell(recipe, cell, runs / cell.name)
+        with lock:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            done[0] += 1
+            failed[0] += "failed" in row
+            left = (time.monotonic() - started) / done[0] * (len(todo) - done[0]) / 60
+            found = row.get("failed") or " → ".join(f"{e['pass_at_k']['1']:.3f}" for e in row["evaluations"])
+            print(f"{done[0]}/{len(todo)} {cell.name}: {found}; {left:.0f} min left", flush=True)
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(work, todo))
+    return failed[0]
+
+
+def run_cell(recipe: str, cell: Cell, run: Path) -> dict[str, Any]:
+    """Train, then what a study keeps of the run; the rollouts are removed, the last checkpoint stays."""
+    overrides = [word for name, value in cell.settings.items() for word in (f"--{name}", _toml(value))]
+    command = [sys.executable, "-m", "oapl_engine.cli", "train", recipe, "--run.dir", str(run), *overrides]
+    begun = time.monotonic()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    row = {"name": cell.name, **cell.tags, "settings": dict(cell.settings), "seconds": time.monotonic() - begun}
+    if done.returncode:
+        return row | {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
+    row |= what_to_keep(run)
+    shutil.rmtree(run / "rollouts")
+    for path in run.glob("journal.sqlite*"):
+        path.unlink()
+    return row
+
+
+def what_to_keep(run: Path) -> dict[str, Any]:
+    """Evaluations with counts a problem, curves of means over CURVE steps, the largest distance from the engine."""
+    evaluations = [
+        {
+            "step": found.step,
+            "n": found.n,
+            "pass_at_k": {str(k): found.pass_at_k(k)[0] for k in (1, 5, 10) if k <= found.n},
+            "correct": list(found.correct),
+        }
+        for found in read_problems(run)
+    ]
+    rows = read_metrics(run / "metrics.jsonl")
+    kl = [-row["log_ratio_mean"] for row in rows if row["log_ratio_mean"] is not None]
+    curves = {name: _means([row[name] for row in rows]) for name in CURVES}
+    lag = {"lag_mean": float(np.mean([row["lag_mean"] for row in rows])), "lag_max": max(r["lag_max"] for r in rows)}
+    return {
+        "steps": rows[-1]["step"],
+        "evaluations": evaluations,
+        "curves": curves,
+        "kl_max": max(kl, default=None),
+        **lag,
+    }
+
+
+def _means(values: Sequence[float | None]) -> list[float | None]:
+    """Means of CURVE steps at a time; None where nothing was measured."""
+    points = [[v for v in values[i : i + CURVE] if v is not None] for i in range(0, len(values), CURVE)]
+    return [round(float(np.mean(p)), 5) if p else None for p in points]
+
+
+def read_rows(out: Path) -> dict[str, dict[str, Any]]:
+    """Lines of a study by name; the last one of a name counts. A failed cell has no line: it is run again."""
+    lines: Iterable[str] = out.read_text().splitlines() if out.exists() else ()
+    rows = {row["name"]: row for row in map(json.loads, lines)}
+    return {name: row for name, row in rows.items() if "failed" not in row}
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(value).replace("Infinity", "inf")
