@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -25,10 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from oapl_kernels import PolicyInputs, fused_policy_loss, matmul
+from oapl_kernels import PolicyInputs, compiler, fused_policy_loss, matmul
 from oapl_kernels.chunks import default_chunk_tokens
 from oapl_kernels.objectives import Objective, grpo, oapl
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -146,6 +148,23 @@ def products(p: Problem) -> None:
         matmul.project(hidden[rows], weight, logits[:size])
         matmul.hidden_product(grad[:size], weight, out[rows])
         total.add(grad[:size], hidden[rows])
+
+
+class Products(TorchDispatchMode):
+    """Counts the FLOPs of matrix products, also inside our own operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "oapl_kernels":
+            with self:
+                return compiler.FUNCTIONS[function._opname](*args, **(kwargs or {}))
+        if function.overloadpacket._qualified_op_name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"):
+            left, right = (tensor.shape for tensor in args[-2:])
+            self.flops += 2 * math.prod(left) * right[-1]
+        return function(*args, **(kwargs or {}))
 
 
 def seconds(function: Callable[[Problem], Tensor | None], p: Problem) -> float:

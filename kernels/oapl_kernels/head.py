@@ -1,14 +1,15 @@
 """The vocabulary head on one chunk of tokens: logits, statistics, gradient. Used by both public operations."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backend as backends
 from .chunks import default_chunk_tokens
+from .compiler import operation
 from .matmul import multiplies_natively, project, wide
-from .scratch import scratch
+from .scratch import cast_in_place, scratch
 from .vocabulary import Vocabulary
 
 
@@ -20,6 +21,34 @@ class HeadOptions(NamedTuple):
     chunk_tokens: int | None
     backend: str
     vocabulary: Vocabulary
+
+
+def _nothing(*arguments: Any) -> None: ...
+
+
+@operation(_nothing, mutates=("out",))
+def epilogue_statistics(
+    logits: Tensor, target: Tensor, out: Tensor, temperature: float, softcap: float | None, backend: str
+) -> None:
+    """`epilogue.statistics` of a backend."""
+    backends.epilogue(backend).statistics(logits, target, temperature, softcap, out)
+
+
+@operation(_nothing, mutates=("logits",))
+def epilogue_gradient(
+    logits: Tensor,
+    target: Tensor,
+    statistics: Tensor,
+    coefficient: Tensor,
+    entropy_coefficient: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> None:
+    """`epilogue.gradient` of a backend: `cast_in_place(logits, dtype)` is then the gradient."""
+    epilogue = backends.epilogue(backend)
+    epilogue.gradient(logits, target, statistics, coefficient, entropy_coefficient, temperature, softcap, dtype)
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -41,7 +70,6 @@ class Head:
         self.chunk_tokens = options.chunk_tokens or default_chunk_tokens(len(weight), weight.device)
         self.vocabulary = options.vocabulary
         self._backend = backends.choose(options.backend, weight.device, weight.dtype)
-        self._epilogue = backends.epilogue(self._backend)
         self.rows = min(self.chunk_tokens, tokens)
         self._logits = self.new(self.rows, len(weight))
         self._statistics = self.new(4, self.rows)
@@ -60,7 +88,7 @@ class Head:
         """[4, t]: log-prob of the target, entropy, max and ln sum exp(x - max) of logits [t, V]; valid until
         the next chunk. target -1: not in this shard."""
         out = self._statistics[:, : len(logits)]
-        self._epilogue.statistics(logits, target, self.options.temperature, self.options.softcap, out)
+        epilogue_statistics(logits, target, out, self.options.temperature, self.options.softcap, self._backend)
         return self.vocabulary.combine(out, target)
 
     def score(self, hidden: Tensor, target: Tensor) -> Tensor:
@@ -79,13 +107,7 @@ class Head:
     ) -> Tensor:
         """d loss / d logits [t, V] in gradient_dtype, over the logits; coefficients [t] are the loss's derivatives
         by log-prob and by entropy."""
-        return self._epilogue.gradient(
-            logits,
-            target,
-            stats,
-            coefficient,
-            entropy_coefficient,
-            self.options.temperature,
-            self.options.softcap,
-            self.gradient_dtype,
-        )
+        options, dtype = self.options, self.gradient_dtype
+        rest = (options.temperature, options.softcap, dtype, self._backend)
+        epilogue_gradient(logits, target, stats, coefficient, entropy_coefficient, *rest)
+        return cast_in_place(logits, dtype)

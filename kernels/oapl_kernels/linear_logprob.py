@@ -5,76 +5,142 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_head, check_target
-from .compiler import opaque
+from .checks import INTEGERS, check_head, check_target, check_tensor
+from .compiler import operation
 from .head import Head, HeadOptions, compute_dtype
-from .matmul import WeightGradient, hidden_product
+from .matmul import WeightGradient, hidden_product, wide
 from .scratch import scratch
 from .sequence import spread
-from .vocabulary import Vocabulary
+from .vocabulary import Vocabulary, group_name
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        options: HeadOptions,
-    ) -> tuple[Tensor, Tensor]:
-        dtype = compute_dtype(hidden)
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
-        with torch.autocast(hidden.device.type, enabled=False):
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-            head = Head(weight, bias, options, len(hidden))
-            local = head.vocabulary.local_target(target)
-            stats = scratch(4, len(hidden), dtype=head.dtype, device=hidden.device)
-            for rows in _chunks(len(hidden), head.chunk_tokens):
-                stats[:, rows] = head.score(hidden[rows], local[rows])
-        ctx.options = options
-        ctx.save_for_backward(hidden, weight, bias, local, stats)
-        ctx.set_materialize_grads(False)
-        return stats[0], stats[1]
+def _start(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    ignore_index: int,
+    temperature: float,
+    softcap: float | None,
+    chunk_tokens: int | None,
+    backend: str,
+    group: str | None,
+) -> tuple[Head, Tensor, Tensor, Tensor | None]:
+    """The head, and hidden [t, D], this shard's target [t] and position [t] of tokens that are not ignored: the others
+    cost nothing. position None: all."""
+    vocabulary = Vocabulary(weight, group)
+    counted = check_target(target, len(hidden), vocabulary.size, ignore_index, hidden.device)
+    position = None if counted.all() else counted.nonzero()[:, 0]
+    if position is not None:
+        hidden, target = hidden[position], target[position]
+    options = HeadOptions(temperature, softcap, chunk_tokens, backend, vocabulary)
+    head = Head(weight.to(dtype), bias, options, len(hidden))
+    return head, hidden.to(dtype), vocabulary.local_target(target), position
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        by_logprob, by_entropy = upstream
-        hidden, weight, bias, target, stats = ctx.saved_tensors
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        head = Head(weight, bias, ctx.options, len(hidden))
+
+def _chunks(head: Head, tokens: int) -> list[slice]:
+    return [slice(start, min(start + head.chunk_tokens, tokens)) for start in range(0, tokens, head.chunk_tokens)]
+
+
+def _fake_gradients(wants: list[bool], by: object, also: object, stats: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    leaves = zip(wants, (inputs[0], inputs[1], inputs[3]), strict=True)
+    return tuple(torch.empty_like(leaf) if wanted else stats.new_empty(0) for wanted, leaf in leaves)
+
+
+@operation(_fake_gradients)
+def head_logprob_backward(
+    wants: list[bool],
+    by_logprob: Tensor | None,
+    by_entropy: Tensor | None,
+    stats: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    ignore_index: int,
+    temperature: float,
+    softcap: float | None,
+    chunk_tokens: int | None,
+    backend: str,
+    group: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias, each like its tensor where wanted and empty where not."""
+    leaves = (hidden, weight, bias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        rest = (ignore_index, temperature, softcap, chunk_tokens, backend, group)
+        head, hidden, target, position = _start(hidden, weight, target, bias, dtype, *rest)
         coefficient = torch.zeros_like(stats[0]) if by_logprob is None else by_logprob
-        kept = head.dtype if hidden.dtype == torch.float16 else hidden.dtype
-        hidden_sum = scratch(*hidden.shape, dtype=kept, device=hidden.device) if want_hidden else None
-        main = WeightGradient(
-            head.new(*weight.shape) if want_weight else None, head.new(len(weight)) if want_bias else None, empty=True
-        )
-        for rows in _chunks(len(hidden), head.chunk_tokens):
-            logits = head.logits(hidden[rows])
+        if position is not None:
+            stats, coefficient = stats[:, position], coefficient[position]
+            by_entropy = None if by_entropy is None else by_entropy[position]
+        kept = head.dtype if dtype == torch.float16 else dtype
+        hidden_sum = scratch(*hidden.shape, dtype=kept, device=hidden.device) if wants[0] else None
+        weight_sum = head.new(*weight.shape) if wants[1] else None
+        main = WeightGradient(weight_sum, head.new(len(weight)) if wants[2] else None, empty=True)
+        for rows in _chunks(head, len(hidden)):
             by_row = None if by_entropy is None else by_entropy[rows]
-            grad = head.gradient(logits, target[rows], stats[:, rows], coefficient[rows], by_row)
+            grad = head.gradient(head.logits(hidden[rows]), target[rows], stats[:, rows], coefficient[rows], by_row)
             if hidden_sum is not None:
-                hidden_product(grad, weight, hidden_sum[rows])
-            if want_weight or want_bias:
+                hidden_product(grad, head.weight, hidden_sum[rows])
+            if wants[1] or wants[2]:
                 main.add(grad, hidden[rows])
         main.finish()
         if hidden_sum is not None:
             head.vocabulary.reduce(hidden_sum)
-        gradients = (hidden_sum, main.weight, main.bias)
-        return (
-            *(g if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)),
-            None,
-            None,
-        )
+            if position is not None:
+                hidden_sum = spread(hidden_sum, position, len(leaves[0]))
+    found = zip((hidden_sum, main.weight, main.bias), leaves, strict=True)
+    return tuple(stats.new_empty(0) if g is None or leaf is None else g.to(leaf.dtype) for g, leaf in found)  # type: ignore[return-value]
 
 
-def _chunks(tokens: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+def _fake(hidden: Tensor, weight: Tensor, target: Tensor, bias: object, dtype: torch.dtype, *_: Any) -> list[Tensor]:
+    return [hidden.new_empty(*shape, len(target), dtype=wide(dtype)) for shape in ((), (), (4,))]
 
 
-@opaque
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:4], output[2])
+    ctx.rest = inputs[4:]
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, by_logprob: Tensor | None, by_entropy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    *inputs, stats = ctx.saved_tensors
+    wants = [ctx.needs_input_grad[index] for index in (0, 1, 3)]
+    found = head_logprob_backward(wants, by_logprob, by_entropy, stats, *inputs, *ctx.rest)
+    hidden, weight, bias = (g if wanted else None for g, wanted in zip(found, wants, strict=True))
+    return hidden, weight, None, bias, *(None for _ in ctx.rest)
+
+
+@operation(_fake, save=_save, backward=_backward)
+def head_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    ignore_index: int,
+    temperature: float,
+    softcap: float | None,
+    chunk_tokens: int | None,
+    backend: str,
+    group: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob [T], entropy [T] and, for backward, stats [4, T]; computed in dtype."""
+    tokens = len(target)
+    with torch.autocast(hidden.device.type, enabled=False):
+        rest = (ignore_index, temperature, softcap, chunk_tokens, backend, group)
+        head, hidden, target, position = _start(hidden, weight, target, bias, dtype, *rest)
+        stats = scratch(4, len(hidden), dtype=head.dtype, device=hidden.device)
+        for rows in _chunks(head, len(hidden)):
+            stats[:, rows] = head.score(hidden[rows], target[rows])
+    if position is not None:
+        stats = stats.new_zeros(4, tokens).index_copy_(1, position, stats)
+    return stats[0].clone(), stats[1].clone(), stats
+
+
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -95,14 +161,9 @@ def linear_logprob(
     the entropy [T]; both differentiable. 2 T D V operations, and 6 more in backward, which recomputes the logits: for
     a policy loss `fused_policy_loss` needs 6 in all. The keywords are those of `fused_policy_loss`.
     """
-    same_dtype = compute_dtype(hidden) == hidden.dtype if isinstance(hidden, Tensor) else True
-    check_head(hidden, weight, bias, temperature, softcap, chunk_tokens, same_dtype)
-    options = HeadOptions(temperature, softcap, chunk_tokens, backend, Vocabulary(weight, process_group))
-    counted = check_target(target, len(hidden), options.vocabulary.size, ignore_index, hidden.device)
-    rows = None if counted.all() else counted.nonzero()[:, 0]
-    if rows is not None:  # ignored tokens cost nothing: only the others reach the head
-        hidden, target = hidden[rows], target[rows]
-    logprob, entropy = _LinearLogprob.apply(hidden, weight, bias, target, options)
-    if rows is not None:
-        logprob, entropy = spread(logprob, rows, len(counted)), spread(entropy, rows, len(counted))
+    dtype = compute_dtype(hidden) if isinstance(hidden, Tensor) else None
+    check_head(hidden, weight, bias, temperature, softcap, chunk_tokens, same_dtype=dtype == hidden.dtype)
+    check_tensor("target", target, (len(hidden),), INTEGERS, hidden.device)
+    rest = (ignore_index, temperature, softcap, chunk_tokens, backend, group_name(process_group))
+    logprob, entropy, _ = head_logprob(hidden, weight, target, bias, dtype, *rest)
     return (logprob, entropy) if return_entropy else logprob

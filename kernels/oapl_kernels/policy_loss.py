@@ -20,7 +20,7 @@ from .objectives import oapl
 from .objectives.objective import LossFunction, Objective, PolicyInputs
 from .scratch import scratch
 from .sequence import sequence_sum, spread
-from .vocabulary import Vocabulary
+from .vocabulary import Vocabulary, group_name
 
 
 class PolicyLoss(NamedTuple):
@@ -344,7 +344,7 @@ def fused_policy_loss(
     same_dtype = compute_dtype(hidden) == hidden.dtype if isinstance(hidden, Tensor) else True
     check_head(hidden, weight, bias, temperature, softcap, chunk_tokens, same_dtype)
     tokens, device = len(hidden), hidden.device
-    options = HeadOptions(temperature, softcap, chunk_tokens, backend, Vocabulary(weight, process_group))
+    options = HeadOptions(temperature, softcap, chunk_tokens, backend, Vocabulary(weight, group_name(process_group)))
     counted = check_target(target, tokens, options.vocabulary.size, ignore_index, device)
     offsets = check_offsets("cu_seqlens", cu_seqlens, tokens, device)
     inputs = _complete(inputs, cu_seqlens, counted, tokens)

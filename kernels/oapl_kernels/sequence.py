@@ -6,33 +6,43 @@ import torch
 from torch import Tensor
 
 from .backend import runs_triton
+from .compiler import operation
+from .matmul import wide
 
 
-class _SequenceSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, token_values: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> Tensor:
-        ctx.save_for_backward(cu_seqlens, mask)
-        ctx.tokens, ctx.dtype = len(token_values), token_values.dtype
-        if runs_triton(token_values) and token_values.dtype != torch.float64:
-            from .sequence_triton import sums
+def _empty_sums(token_values: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> Tensor:
+    return token_values.new_empty(len(cu_seqlens) - 1, dtype=wide(token_values.dtype))
 
-            return sums(token_values, cu_seqlens, mask)
-        values = token_values if mask is None else torch.where(mask != 0, token_values, 0)
-        # fp64 accumulation in a fixed order: the error of a compensated fp32 sum, and the same bits on every run.
-        totals = torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens.long())
-        return totals.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cu_seqlens, mask = ctx.saved_tensors
-        spread = grad.repeat_interleave(cu_seqlens.diff().long(), output_size=ctx.tokens)
-        spread = spread if mask is None else torch.where(mask != 0, spread, 0)
-        return spread.to(ctx.dtype), None, None
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    token_values, *rest = inputs
+    ctx.save_for_backward(*rest)
+    ctx.tokens, ctx.dtype = len(token_values), token_values.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    cu_seqlens, mask = ctx.saved_tensors
+    values = grad.repeat_interleave(cu_seqlens.diff().long(), output_size=ctx.tokens)
+    values = values if mask is None else torch.where(mask != 0, values, 0)
+    return values.to(ctx.dtype), None, None
+
+
+@operation(_empty_sums, save=_save, backward=_backward)
+def sequence_sums(token_values: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> Tensor:
+    """`sequence_sum` of at least one sequence."""
+    if runs_triton(token_values) and token_values.dtype != torch.float64:
+        from .sequence_triton import sums
+
+        return sums(token_values, cu_seqlens, mask)
+    values = token_values if mask is None else torch.where(mask != 0, token_values, 0)
+    # fp64 accumulation in a fixed order: the error of a compensated fp32 sum, and the same bits on every run.
+    totals = torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens.long())
+    return totals.to(wide(values.dtype))
 
 
 def spread(values: Tensor, rows: Tensor, tokens: int) -> Tensor:
-    """values [t] at rows [t] of zeros [tokens], differentiable."""
-    return values.new_zeros(tokens).index_copy(0, rows, values)
+    """values [t, ...] at rows [t] of zeros [tokens, ...], differentiable."""
+    return values.new_zeros(tokens, *values.shape[1:]).index_copy(0, rows, values)
 
 
 def sequence_sum(token_values: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -42,5 +52,5 @@ def sequence_sum(token_values: Tensor, cu_seqlens: Tensor, mask: Tensor | None =
     log-ratio subtract per token first, then sum.
     """
     if len(cu_seqlens) <= 1:
-        return token_values.new_zeros(0, dtype=torch.float64 if token_values.dtype == torch.float64 else torch.float32)
-    return _SequenceSum.apply(token_values, cu_seqlens, mask)
+        return token_values.new_zeros(0, dtype=wide(token_values.dtype))
+    return sequence_sums(token_values, cu_seqlens, mask)

@@ -1,21 +1,29 @@
 """A vocabulary that may be sharded over the ranks of a process group, each with some rows of the weight."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
+def group_name(process_group: Any) -> str | None:
+    """What a custom op is told about a process group."""
+    return None if process_group is None else process_group.group_name
+
+
 class Vocabulary:
     """Size and offset of this rank's rows; without a process group, the whole vocabulary."""
 
-    def __init__(self, weight: Tensor, process_group: object | None):
-        self.group, self.size, self.offset = process_group, len(weight), 0
-        if process_group is None:
+    def __init__(self, weight: Tensor, group: str | None):
+        self.group, self.size, self.offset = None, len(weight), 0
+        if group is None:
             return
-        sizes = torch.zeros(dist.get_world_size(process_group), dtype=torch.int64, device=weight.device)
-        rank = dist.get_rank(process_group)
+        self.group = dist.distributed_c10d._resolve_process_group(group)
+        sizes = torch.zeros(dist.get_world_size(self.group), dtype=torch.int64, device=weight.device)
+        rank = dist.get_rank(self.group)
         sizes[rank] = len(weight)
-        dist.all_reduce(sizes, group=process_group)
+        dist.all_reduce(sizes, group=self.group)
         self.size, self.offset = int(sizes.sum()), int(sizes[:rank].sum())
         self.local = len(weight)
 

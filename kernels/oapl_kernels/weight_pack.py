@@ -11,22 +11,25 @@ from torch import Tensor
 
 from .backend import extension, runs_triton
 from .checks import check_tensor
+from .compiler import operation
 
 SEEDS = (0x9E3779B9, 0x7F4A7C15)
 CASTS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def pack(source: Tensor, payload: Tensor) -> Tensor:
-    """Cast source (any shape, to nearest even) into payload [n], a slice of a bucket that starts at a multiple of 16
-    bytes. Returns its digest [3] int32 (h_0, h_1, values that are not finite) on the same device, without waiting."""
-    check_tensor("source", source.reshape(-1), (len(payload),), CASTS, payload.device)
-    check_tensor("payload", payload, (None,), CASTS, source.device)
+def _fake_digest(source: Tensor, payload: Tensor) -> Tensor:
+    return payload.new_empty(3, dtype=torch.int32)
+
+
+@operation(_fake_digest, mutates=("payload",))
+def pack_payload(source: Tensor, payload: Tensor) -> Tensor:
+    """`pack` of a source whose shape and dtype are known to be right."""
     if not payload.is_contiguous() or payload.data_ptr() % 16:
         raise ValueError(
             f"payload starts at address {payload.data_ptr()} with strides {payload.stride()}; "
             "allowed: contiguous, starting at a multiple of 16 bytes"
         )
-    source = source.detach().contiguous().view(-1)
+    source = source.contiguous().view(-1)
     if runs_triton(payload):
         from .weight_pack_triton import pack_words
 
@@ -34,6 +37,14 @@ def pack(source: Tensor, payload: Tensor) -> Tensor:
     payload.copy_(source)
     infinite = len(payload) - int(torch.isfinite(payload).sum())
     return torch.tensor([*_on_cpu(payload), infinite], dtype=torch.int64).to(torch.int32)
+
+
+def pack(source: Tensor, payload: Tensor) -> Tensor:
+    """Cast source (any shape, to nearest even) into payload [n], a slice of a bucket that starts at a multiple of 16
+    bytes. Returns its digest [3] int32 (h_0, h_1, values that are not finite) on the same device, without waiting."""
+    check_tensor("source", source.reshape(-1), (len(payload),), CASTS, payload.device)
+    check_tensor("payload", payload, (None,), CASTS, source.device)
+    return pack_payload(source.detach(), payload)
 
 
 def digest(payload: Tensor) -> Tensor:
@@ -50,6 +61,15 @@ def checksums(digests: list[Tensor]) -> list[int]:
         if infinite:
             raise ValueError(f"payload {index} holds {infinite} values that are not finite; allowed: finite weights")
     return [low | high << 32 for low, high, _ in values.tolist()]
+
+
+def checksum(payload: Tensor) -> int:
+    """The 64-bit checksum of the bytes of a contiguous tensor; on CPU of any dtype, on a GPU of one of CASTS."""
+    if runs_triton(payload):
+        low, high, _ = (digest(payload).cpu().to(torch.int64) & 0xFFFFFFFF).tolist()
+    else:
+        low, high = _on_cpu(payload)
+    return low | high << 32
 
 
 def unpack(payloads: list[Tensor], destinations: list[Tensor], expected: list[int]) -> None:

@@ -7,7 +7,6 @@ import torch
 from oapl_kernels import Objective, PolicyInputs, fused_policy_loss
 from oapl_kernels.backend import extension
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 NOT_BUILT = "oapl_kernels._epilogue is not built (python setup.py build_ext --inplace)"
 CPU = pytest.param("cpu", marks=pytest.mark.skipif(extension() is None, reason=NOT_BUILT))
@@ -133,18 +132,3 @@ def assert_within_twice(ours, theirs, dtype):
         allowed = 128 * HALF[dtype] if dtype == torch.float64 else allowed
         mean = [sum(e[name] ** 2 for e in runs) ** 0.5 for runs in (ours, theirs)]
         assert mean[0] <= max(2 * mean[1], allowed), f"{name}: {mean[0]:.2e}, torch's own {mean[1]:.2e}"
-
-
-class Products(TorchDispatchMode):
-    """Counts the multiply-adds of matrix products, twice, as FLOPs."""
-
-    def __init__(self):
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name
-        if name in ("aten::mm", "aten::addmm"):
-            left, right = args[-2:]
-            self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
-        return function(*args, **(kwargs or {}))

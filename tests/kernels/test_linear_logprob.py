@@ -1,7 +1,9 @@
 import pytest
 import torch
-from head_reference import CPU, Products, assert_within_twice, errors, make_case, plain_autograd
+from head_reference import CPU, assert_within_twice, errors, make_case, plain_autograd
 from oapl_kernels import Objective, linear_logprob
+
+from benchmarks.kernels import Products
 
 WEIGHTED = Objective("weighted", "token", lambda lp, i: (lp * i.behavior_logprob * i.mask).sum())
 

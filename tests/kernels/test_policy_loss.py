@@ -6,7 +6,6 @@ import pytest
 import torch
 from head_reference import (
     CPU,
-    Products,
     assert_within_twice,
     errors,
     fused,
@@ -16,6 +15,8 @@ from head_reference import (
 )
 from oapl_kernels import Objective, PolicyInputs, fused_policy_loss, head, matmul, oapl_loss
 from oapl_kernels.objectives import OBJECTIVES, grpo, gspo, oapl, tis, with_reference_kl
+
+from benchmarks.kernels import Products
 
 LENGTHS = {
     "whole": [5, 1, 30, 17, 1, 9, 24],
