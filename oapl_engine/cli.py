@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         "make the micro model: supervised warm start on generated examples",
         _fields_help(SftRecipe),
     )
+    _add(commands, "eval", _eval, "unbiased pass@k of models and runs on the same problems, with errors", "")
     for name, run, text in (
         ("rollouts", _rollouts, "export the rollouts of a run, one JSON object a line"),
         ("figure", _figure, "draw a run: reward and held-out pass@1, lag, distance from the engine"),
@@ -75,6 +76,19 @@ def _add(commands: argparse._SubParsersAction, name: str, run: Callable, text: s
         command.add_argument("run_dir", metavar="RUN", help="run directory")
     if name == "figure":
         command.add_argument("out", metavar="FILE", help="picture to write: .svg, .png or .pdf")
+    if name == "eval":
+        command.add_argument(
+            "models", metavar="MODEL_OR_RUN", nargs="+", help="model folder or name, or a run directory"
+        )
+        command.add_argument(
+            "--task", default="", help="aime25, math500, …, or SOURCE:NAME; default: the first run's own"
+        )
+        command.add_argument("--n", type=int, default=16, help="samples a problem")
+        command.add_argument("--k", default="", help="k of pass@k, comma-separated; default: powers of two to n")
+        command.add_argument("--out", default="", help="results, picture and progress; the same command resumes")
+        command.epilog = (
+            "Further options override a recipe's fields: --data.path FILE, --sampling.max_new_tokens 4096, …"
+        )
     if name == "rollouts":
         command.add_argument("--format", choices=["jsonl"], default="jsonl")
 
@@ -136,6 +150,38 @@ def _figure(arguments: argparse.Namespace, rest: list[str]) -> int:
     from oapl_engine.report.figure import plot_run
 
     plot_run(Path(arguments.run_dir), Path(arguments.out))
+    return OK
+
+
+def _eval(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Table and paired differences on stdout, progress on stderr, `pass_at_k.svg` beside the counts."""
+    from rich.console import Console
+
+    from oapl_engine.evaluation import session
+    from oapl_engine.evaluation.evaluate import compare
+    from oapl_engine.report.pass_at_k import pass_at_k_table, plot_pass_at_k
+
+    n = arguments.n
+    try:
+        ks = [int(k) for k in arguments.k.split(",")] if arguments.k else [2**i for i in range(max(n, 1).bit_length())]
+    except ValueError as error:
+        raise ConfigError(f"--k {arguments.k}: whole numbers separated by commas, such as 1,4,16") from error
+    recipe = session.evaluation_recipe(arguments.models[0], arguments.task, n, ks, overrides)
+    targets = [session.find_target(path) for path in arguments.models]
+    name = arguments.task.replace(":", "-") or recipe.data.task or Path(recipe.data.path).stem
+    out = Path(arguments.out or f"runs/eval-{Path(name).stem}")
+    found = session.evaluate_targets(
+        targets, recipe, bool(arguments.task), out, lambda text: print(text, file=sys.stderr, flush=True)
+    )
+    labels = [target.label for target in targets]
+    curves = {label: [(k, *result.pass_at_k(k)) for k in ks] for label, result in zip(labels, found, strict=True)}
+    paired = {
+        label: [(k, *compare(found[0], r, k)) for k in ks] for label, r in list(zip(labels, found, strict=True))[1:]
+    }
+    title = f"{found[0].task}: {len(found[0].problems)} problems x {n} samples, temperature {found[0].temperature:g}"
+    Console(width=None if sys.stdout.isatty() else 200).print(pass_at_k_table(curves, paired, title))
+    plot_pass_at_k(curves, title, out / "pass_at_k.svg")
+    print(f"done: models={len(found)} problems={len(found[0].problems)} n={n} out={out}")
     return OK
 
 

@@ -63,14 +63,15 @@ class Model:
 class Data:
     """Where prompts come from. In offline mode: the file of rollouts to train on."""
 
-    source: Literal["micro", "reasoning_gym", "jsonl", "parquet", "hf"] = Field(
+    source: Literal["micro", "reasoning_gym", "jsonl", "parquet", "hf", "benchmark"] = Field(
         default="reasoning_gym",
-        description="micro: generated sort / addition; parquet and jsonl hold rollouts in offline mode",
+        description="micro: generated sort / addition; benchmark: aime25, math500, …, from the hub or data.path; parquet "
+        "and jsonl hold rollouts in offline mode",
     )
     task: str = Field(
         default="", description="task name within the source (reasoning-gym data set, micro task, hub data set)"
     )
-    path: str = Field(default="", description="file for jsonl and parquet")
+    path: str = Field(default="", description="file for jsonl, parquet and (optional) benchmark")
     options: dict[str, Any] = Field(default_factory=dict, description="passed to the task (size, difficulty, …)")
     template: str = Field(
         default="chat",
@@ -502,7 +503,7 @@ def _check_data(r: Recipe) -> None:
         raise ConfigError("model.path is empty: name a folder in Hugging Face layout, or a hub name")
     if d.source in ("jsonl", "parquet") and not d.path:
         raise ConfigError(f'data.path is empty: data.source = "{d.source}" reads a file')
-    if d.source in ("micro", "reasoning_gym", "hf") and not d.task:
+    if d.source in ("micro", "reasoning_gym", "hf", "benchmark") and not d.task:
         raise ConfigError(f'data.task is empty: data.source = "{d.source}" needs the name of a task')
     if r.schedule.mode == "offline" and d.source not in ("jsonl", "parquet"):
         raise ConfigError(f'data.source = "{d.source}": mode = "offline" reads rollouts from "jsonl" or "parquet"')

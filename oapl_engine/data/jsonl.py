@@ -21,12 +21,16 @@ def jsonl_source(path: str, options: dict[str, Any]) -> Source:
     file = Path(path)
     if options:
         raise ConfigError(f'data.options = {options}: source = "jsonl" has none; remove them')
+    return finite_source(file.stem, problems_of_rows(parsed_lines(file), file.stem))
+
+
+def parsed_lines(file: Path) -> list[tuple[str, int, dict[str, Any]]]:
+    """(place, line number, object) of every line. Raises ConfigError, also where there is none."""
     _check_file(file)
-    rows = ((f"{file}, line {n}", n, _parse(line, f"{file}, line {n}")) for n, line in _lines(file))
-    problems = problems_of_rows(rows, file.stem)
-    if not problems:
+    rows = [(f"{file}, line {n}", n, _parse(line, f"{file}, line {n}")) for n, line in _lines(file)]
+    if not rows:
         raise ConfigError(f"data file {file} is empty: one JSON object a line with question and answer")
-    return finite_source(file.stem, problems)
+    return rows
 
 
 def finite_source(name: str, problems: list[Problem]) -> Source:

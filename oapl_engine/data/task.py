@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oapl_engine.config import ConfigError, Data
+from oapl_engine.data.benchmarks import benchmark_source
 from oapl_engine.data.hub import hub_source
 from oapl_engine.data.jsonl import jsonl_source
 from oapl_engine.data.micro import micro_source
@@ -66,6 +67,8 @@ def open_source(data: Data) -> Source:
         return reasoning_source(data.task, data.options)
     if data.source == "jsonl":
         return jsonl_source(data.path, data.options)
+    if data.source == "benchmark":
+        return benchmark_source(data.task, data.path, data.options)
     if data.source == "hf":
         return hub_source(data.task, data.options)
     raise ConfigError(f'data.source = "{data.source}" holds finished rollouts, no prompts: use mode = "offline"')

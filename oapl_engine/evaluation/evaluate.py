@@ -17,6 +17,7 @@ from oapl_engine.samples import Prompt
 TokenIds = Sequence[int]
 Generate = Callable[[Sequence[Prompt], int, float], Sequence[Sequence[TokenIds]]]
 Verify = Callable[[Sequence[tuple[Prompt, TokenIds]]], Sequence[Verdict]]
+ABOUT = ("step", "version", "task", "seed", "n", "temperature")
 CORRECT = 1.0  # reward from which a response counts as correct; partial credit below it does not
 
 
@@ -86,17 +87,24 @@ def _is_correct(verdict: Verdict) -> bool:
 
 def append_evaluation(result: Evaluated, ks: Sequence[int], run_dir: str | Path) -> None:
     """One line a k to eval.jsonl, one line a problem to eval_problems.jsonl (for paired comparison)."""
-    common = {"step": result.step, "version": result.version, "task": result.task, "n": result.n}
-    drawn = {"seed": result.seed, "temperature": result.temperature}
     lines = []
     for k in ks:
         mean, error = result.pass_at_k(k)
         measured = {"k": k, "pass_at_k": mean, "standard_error": None if math.isnan(error) else error}
-        lines.append(common | measured | drawn)
-    counts = zip(result.problems, result.correct, result.invalid, strict=True)
-    problems = [common | drawn | {"problem": p, "correct": c, "invalid": i} for p, c, i in counts]
-    _append(Path(run_dir) / "eval_problems.jsonl", problems)
+        lines.append(_about(result) | measured)
+    append_problems(result, run_dir)
     _append(Path(run_dir) / "eval.jsonl", lines)
+
+
+def append_problems(result: Evaluated, run_dir: str | Path) -> None:
+    """One line a problem to eval_problems.jsonl."""
+    counts = zip(result.problems, result.correct, result.invalid, strict=True)
+    rows = [_about(result) | {"problem": p, "correct": c, "invalid": i} for p, c, i in counts]
+    _append(Path(run_dir) / "eval_problems.jsonl", rows)
+
+
+def _about(result: Evaluated) -> dict[str, Any]:
+    return {name: getattr(result, name) for name in ABOUT}
 
 
 def compare(before: Evaluated, after: Evaluated, k: int = 1) -> tuple[float, float]:
@@ -111,7 +119,7 @@ def read_problems(run_dir: str | Path) -> list[Evaluated]:
     found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for line in (Path(run_dir) / "eval_problems.jsonl").read_text().splitlines():
         row = json.loads(line)
-        key = tuple(row[f] for f in ("step", "version", "task", "seed", "n", "temperature"))
+        key = tuple(row[name] for name in ABOUT)
         found.setdefault(key, {})[row["problem"]] = row
     fields = ("problem", "correct", "invalid")
     return [Evaluated(*key, *(tuple(r[f] for r in rows.values()) for f in fields)) for key, rows in found.items()]

@@ -1,0 +1,73 @@
+"""The evaluation sets of the field by name, from the hub or a local file: their licences do not let us ship them.
+
+A local file (`data.path`) is JSONL with the columns of COLUMNS, one problem a line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oapl_engine.config import ConfigError
+from oapl_engine.data.hub import hub_source
+from oapl_engine.data.jsonl import finite_source, parsed_lines, problems_of_rows
+from oapl_engine.data.problem import Problem, Source, nearest
+
+COLUMNS = "problem (text; question is taken too) and answer (text or number)"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where a set lies on the hub, and its columns."""
+
+    hub: str
+    split: str
+    problem: str = "problem"
+    config: str | None = None
+
+
+BENCHMARKS = {
+    "aime25": Benchmark("math-ai/aime25", "test"),
+    "hmmt25-february": Benchmark("MathArena/hmmt_feb_2025", "train"),
+    "hmmt25-november": Benchmark("MathArena/hmmt_nov_2025", "train"),
+    "brumo25": Benchmark("MathArena/brumo_2025", "train"),
+    "math500": Benchmark("HuggingFaceH4/MATH-500", "test"),
+    "gsm8k": Benchmark("openai/gsm8k", "test", problem="question", config="main"),
+}
+
+
+def benchmark_source(task: str, path: str, options: dict[str, Any]) -> Source:
+    """Source of the benchmark `task`, scored by math-verify. Raises ConfigError that names file and columns."""
+    if task not in BENCHMARKS:
+        raise ConfigError(f'data.task = "{task}" is no benchmark; {nearest(task, BENCHMARKS)}')
+    if path:
+        if options:
+            raise ConfigError(f"data.options = {options}: a local benchmark file has none; remove them")
+        source = finite_source(task, problems_of_rows(_local_rows(path), task))
+    else:
+        b = BENCHMARKS[task]
+        columns = {"config": b.config, "split": b.split, "question": b.problem}
+        try:
+            source = hub_source(b.hub, columns | options)
+        except ConfigError as error:
+            raise ConfigError(f"{error}. Or name a local file: --data.path FILE.jsonl, columns {COLUMNS}") from error
+    return dataclasses.replace(source, name=task, problem=lambda i: _final_answer(source.problem(i)), verifier="math")
+
+
+def _local_rows(path: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    for place, number, row in parsed_lines(Path(path)):
+        question = row.get("question", row.get("problem"))
+        if question is None or "answer" not in row:
+            raise ConfigError(f"{place}: columns {', '.join(row) or 'none'}; needed are {COLUMNS}")
+        yield place, number, {k: v for k, v in row.items() if k != "problem"} | {"question": question}
+
+
+def _final_answer(problem: Problem) -> Problem:
+    """GSM8K writes the solution and then `#### 1,072`: what follows is the answer."""
+    _, marker, answer = problem.record["answer"].rpartition("####")
+    return problem if not marker else dataclasses.replace(
+        problem, record=problem.record | {"answer": answer.strip().replace(",", "")}
+    )  # fmt: skip
