@@ -32,6 +32,7 @@ def test_layers_hold():
         ("oapl_engine/samples.py", "import oapl_engine.rollout_log.log"),
         ("oapl_engine/scheduler/core.py", "import oapl_engine.rollout_log.log"),
         ("kernels/oapl_kernels/group.py", "import oapl_engine.samples"),
+        ("oapl_engine/weights/receiver/update.py", "import oapl_engine.weights.attest"),
     ],
 )
 def test_a_crossing_of_layers_is_caught(tmp_path, file, line):

@@ -182,14 +182,18 @@ class EngineServer:
             await self.llm.wake_up(tags or None)
 
     async def transfer(self, phase: str, payload: dict[str, Any]) -> dict[str, Any]:
-        """One phase of a weight update. Returns {"state", "version", "error": None | str, "reports": one a rank}."""
+        """One phase of a weight update. Returns {"state", "version", "error": None | str, "reports": one a rank, after
+        an error and at the end}. "inspect" changes nothing; its reports are the checksums of the parameters."""
         error = None
         try:
-            await PHASES[phase](self, payload)
+            if phase != "inspect":
+                await PHASES[phase](self, payload)
         except Exception as refusal:
             logger.exception("transfer %s was refused", phase)
             error = str(refusal)
-        reports = await self.llm.collective_rpc("weight_report")
+        method = "parameter_checksums" if phase == "inspect" else "weight_report"
+        asked = error or phase in ("finish", "inspect")
+        reports = await self.llm.collective_rpc(method) if asked else []
         return {"state": self.state, "version": self.version, "error": error, "reports": reports}
 
     async def _init(self, payload: dict[str, Any]) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from oapl_kernels.weight_pack import pack
 
 from oapl_engine.weights.attest import (
     Gap,
@@ -21,19 +22,19 @@ from oapl_engine.weights.attest import (
     check_golden,
     check_staleness,
 )
-from oapl_engine.weights.receiver.checksum import checksum, combine
+from oapl_engine.weights.layout import Layout, NamedTensors, Piece, distinct, elements, lay_out
+from oapl_engine.weights.transports import Buckets
 from oapl_engine.weights.transports.memfd import MemfdBuckets
 
-ALIGNMENT = 64  # bytes
-NamedTensors = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 Control = Callable[[str, dict[str, Any]], Any]
 
 
 @dataclass(frozen=True)
 class PublishReport:
-    """seconds: by phase (pause, pack, transfer, finish, attest, resume, total); pack and transfer overlap. bytes: sent;
-    changed_share: of the engine's elements, bit patterns that differ from the version before; checksum: of all tensors,
-    16 hex digits; gap: log-probs of engine and trainer on the golden prompts, None without golden prompts."""
+    """seconds: by phase (pause, pack, transfer, finish, attest, resume, total); pack and transfer overlap; and the
+    engine's own (take, check, scatter, read_back), of its slowest rank. bytes: sent; changed_share: of the engine's
+    elements, bit patterns that differ from the version before; checksum: of all pieces, 16 hex digits; gap: log-probs
+    of engine and trainer on the golden prompts, None without golden prompts."""
 
     version: int
     seconds: dict[str, float]
@@ -43,24 +44,15 @@ class PublishReport:
     gap: Gap | None
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Where a tensor lies: bucket number, byte offset in it."""
-
-    name: str
-    shape: tuple[int, ...]
-    bucket: int
-    offset: int
-
-
 class Publisher:
     """Publishes to one engine through two buckets that are kept and used in turn.
 
     named_tensors(): (name, tensor) pairs as in a Hugging Face checkpoint, the same names, shapes and order every time,
-    each complete (a sharded trainer gathers while it is iterated); tied tensors are sent once.
+    one alive at a time if it likes; tied tensors are sent once; a DTensor is gathered a bucket at a time, so the ranks
+    of its mesh publish at once, each to its engine (or call layout.join_gathers).
     control(phase, payload): blocking; "pause" {"mode"}, "resume" {}, "score" {"token_ids"} → log-probs, and "init",
     "start", "bucket", "finish", "attest" → the reply of the engine's transfer (EngineClient.control does all of them).
-    bucket_bytes: of one bucket, raised to the largest tensor; dtype: of the engine's parameters.
+    bucket_bytes: of one bucket at most; dtype: of the engine's parameters; make_buckets(size): a transport.
     """
 
     def __init__(
@@ -71,6 +63,7 @@ class Publisher:
         dtype: torch.dtype = torch.bfloat16,
         golden: Golden | None = None,
         on_publish: str = "drain",
+        make_buckets: Callable[[int], Buckets] = MemfdBuckets,
     ) -> None:
         self.named_tensors = named_tensors
         self.control = control
@@ -78,9 +71,9 @@ class Publisher:
         self.dtype = dtype
         self.golden = golden
         self.on_publish = on_publish
-        self._slots: list[Slot] = []
-        self._buckets: MemfdBuckets | None = None
-        self._attached = False
+        self._make_buckets = make_buckets
+        self._layout = Layout({}, [], 0)
+        self._buckets: Buckets | None = None
         self._before: tuple[list[Logprobs], list[Logprobs]] | None = None
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="publish")
 
@@ -91,29 +84,41 @@ class Publisher:
         with clock("total"):
             with clock("pause"):
                 self.control("pause", {"mode": self.on_publish})
-            self._attach()
-            self._phase("start", {"version": version})
-            with clock("transfer"):
-                expected, sent = self._send(clock)
-            with clock("finish"):
-                reports = self._phase("finish", {})["reports"]
+            try:
+                expected, reports = self._transfer(version, clock)
+            except BaseException:
+                self._detach()  # a transport may be stuck in the middle, and the engine's plan may be what is wrong
+                raise
             with clock("attest"):
                 gap = self._attest(expected, reports)
             with clock("resume"):
                 self.control("resume", {})
+        for phase in reports[0]["seconds"]:
+            clock.seconds[phase] = max(report["seconds"][phase] for report in reports)
         changed = sum(r["changed"] for r in reports) / sum(r["elements"] for r in reports)
-        digest = combine([(value & 0xFFFFFFFF, value >> 32) for value in expected.values()])
+        digest = sum(v & 0xFFFFFFFF for v in expected.values()) & 0xFFFFFFFF
+        digest |= (sum(v >> 32 for v in expected.values()) & 0xFFFFFFFF) << 32
+        sent = sum(p.count for p in self._layout.pieces) * self.dtype.itemsize
         return PublishReport(version, clock.seconds, sent, changed, f"{digest:016x}", gap)
 
     def engine_restarted(self) -> None:
-        """The engine is a new process: record the plan and attach the buckets again at the next publish."""
-        self._attached = False
+        """The engine is a new process: record the plan and attach new buckets at the next publish."""
+        self._detach()
         self._before = None
 
     def close(self) -> None:
         self._sender.shutdown()
-        if self._buckets:
-            self._buckets.close()
+        self._detach()
+
+    def _transfer(self, version: int, clock: _Clock) -> tuple[dict[str, int], list[dict[str, Any]]]:
+        """Everything from init to finish: checksums by label, and a report of each rank of the engine."""
+        with clock("init"):
+            buckets = self._buckets or self._attach()
+        self._phase("start", {"version": version})
+        with clock("transfer"):
+            expected = self._send(buckets, clock)
+        with clock("finish"):
+            return expected, self._phase("finish", {})["reports"]
 
     def _phase(self, phase: str, payload: dict[str, Any]) -> dict[str, Any]:
         reply: dict[str, Any] = self.control(phase, payload)
@@ -124,78 +129,101 @@ class Publisher:
             raise RuntimeError(f"weight transfer, phase {phase}: {reply['error']}")
         return reply
 
-    def _attach(self) -> None:
-        if self._attached:
-            return
-        if self._buckets is None:
-            self._slots, size = lay_out(self._distinct(), self.dtype, self.bucket_bytes)
-            self._buckets = MemfdBuckets(size)
+    def _attach(self) -> Buckets:
+        self._layout = lay_out(self.named_tensors(), self.dtype, self.bucket_bytes)
+        self._buckets = self._make_buckets(self._layout.size)
         dtype = str(self.dtype).removeprefix("torch.")
-        manifest = [(s.name, dtype, list(s.shape)) for s in self._slots]
-        layout = [(s.bucket, s.offset) for s in self._slots]
+        manifest = [(name, dtype, list(shape)) for name, shape in self._layout.shapes.items()]
+        layout = [(p.label, p.name, p.start, p.count, p.bucket, p.offset) for p in self._layout.pieces]
         self._phase("init", {"manifest": manifest, "layout": layout, "buffers": self._buckets.describe()})
-        self._attached = True
+        return self._buckets
 
-    def _distinct(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Tensors without the second names of tied ones."""
-        seen = set()
-        for name, tensor in self.named_tensors():
-            key = (tensor.data_ptr(), tensor.shape)
-            if key not in seen:
-                seen.add(key)
-                yield name, tensor
+    def _detach(self) -> None:
+        if self._buckets is not None:
+            self._buckets.close()
+        self._buckets = None
 
-    def _send(self, clock: _Clock) -> tuple[dict[str, int], int]:
-        """Pack a bucket while the engine takes the one before. Returns checksums by name, and bytes."""
+    def _send(self, buckets: Buckets, clock: _Clock) -> dict[str, int]:
+        """Pack a bucket while the engine takes the one before. Returns checksums by label.
+
+        After a failure the gathers go on, without sending: other ranks of a sharded trainer wait in them.
+        """
         expected: dict[str, int] = {}
         under_way: deque[Future[Any]] = deque()
-        sent = 0
+        failure: Exception | None = None
         try:
-            for slots, tensors in self._by_bucket():
-                if len(under_way) == 2:
-                    under_way.popleft().result()
-                with clock("pack"):
-                    sums = {s.name: self._pack(s, tensor) for s, tensor in zip(slots, tensors, strict=True)}
-                expected.update(sums)
-                payload = {"bucket": slots[0].bucket, "checksums": sums}
-                under_way.append(self._sender.submit(self._phase, "bucket", payload))
-                sent += sum(t.numel() for t in tensors) * self.dtype.itemsize
-            for future in under_way:
-                future.result()
+            for pieces in self._gathered():
+                try:
+                    if failure is None:
+                        self._send_bucket(buckets, pieces, expected, under_way, clock)
+                except Exception as error:
+                    failure = error
         finally:
             wait(under_way)  # after a failure too: no bucket of this version may reach the engine later
-        return expected, sent
+        if failure is not None:
+            raise failure
+        for future in under_way:
+            future.result()
+        return expected
 
-    def _by_bucket(self) -> Iterator[tuple[list[Slot], list[torch.Tensor]]]:
-        """The trainer's tensors, bucket by bucket. Raises WeightMismatch if one is missing, new or reshaped."""
-        slots: list[Slot] = []
-        tensors: list[torch.Tensor] = []
-        offered = iter(self._distinct())
-        for slot in self._slots:
-            name, tensor = next(offered, ("nothing", torch.empty(0)))
-            if name != slot.name:
-                raise WeightMismatch(slot.name, f"a tensor of shape {list(slot.shape)}", f"{name} in its place")
-            if tuple(tensor.shape) != slot.shape:
-                raise WeightMismatch(name, f"shape {list(slot.shape)}", f"shape {list(tensor.shape)}")
-            if slots and slot.bucket != slots[0].bucket:
-                yield slots, tensors
-                slots, tensors = [], []
-            slots.append(slot)
-            tensors.append(tensor)
-        yield slots, tensors
+    def _send_bucket(
+        self,
+        buckets: Buckets,
+        pieces: list[tuple[Piece, torch.Tensor]],
+        expected: dict[str, int],
+        under_way: deque[Future[Any]],
+        clock: _Clock,
+    ) -> None:
+        if len(under_way) == 2:
+            under_way.popleft().result()
+        number = pieces[0][0].bucket
+        index = number % len(buckets.views)
+        buckets.wait(index)
+        with clock("pack"):
+            sums = self._pack(buckets.views[index], pieces)
+        last = pieces[-1][0]
+        length = last.offset + last.count * self.dtype.itemsize
+        buckets.send(index, length)
+        expected.update(sums)
+        payload = {"bucket": number, "length": length, "checksums": sums}
+        under_way.append(self._sender.submit(self._phase, "bucket", payload))
+
+    def _gathered(self) -> Iterator[list[tuple[Piece, torch.Tensor]]]:
+        """Pieces with their elements, bucket by bucket. Raises WeightMismatch if a tensor is missing, new, reshaped."""
+        offered = distinct(self.named_tensors())
+        name, tensor = "", torch.empty(0)
+        for pieces in self._layout.buckets():
+            bucket = []
+            for piece in pieces:
+                if piece.name != name:
+                    name, tensor = self._next(offered, piece.name)
+                bucket.append((piece, elements(tensor, piece.start, piece.count)))
+            yield bucket
         for name, tensor in offered:
             raise WeightMismatch(name, "no tensor of this name", f"one of shape {list(tensor.shape)}")
 
-    def _pack(self, slot: Slot, tensor: torch.Tensor) -> int:
-        """Cast (round to nearest even) into the bucket. Returns the checksum. Refuses what is not finite."""
-        assert self._buckets is not None
-        largest = float(torch.linalg.vector_norm(tensor.detach(), float("inf")))
-        if not largest <= torch.finfo(self.dtype).max:
-            raise WeightMismatch(slot.name, f"finite values of {self.dtype}", f"a largest magnitude of {largest}")
-        view = self._buckets.views[slot.bucket % len(self._buckets.views)]
-        place = view[slot.offset : slot.offset + tensor.numel() * self.dtype.itemsize].view(self.dtype)
-        place.copy_(tensor.detach().reshape(-1))
-        return checksum(place)
+    def _next(self, offered: Iterator[tuple[str, torch.Tensor]], expected: str) -> tuple[str, torch.Tensor]:
+        shape = list(self._layout.shapes[expected])
+        name, tensor = next(offered, ("nothing", torch.empty(0)))
+        if name != expected:
+            raise WeightMismatch(expected, f"a tensor of shape {shape}", f"{name} in its place")
+        if list(tensor.shape) != shape:
+            raise WeightMismatch(name, f"shape {shape}", f"shape {list(tensor.shape)}")
+        return name, tensor
+
+    def _pack(self, view: torch.Tensor, pieces: list[tuple[Piece, torch.Tensor]]) -> dict[str, int]:
+        """Cast (round to nearest even) into the bucket. Returns checksums by label. Refuses what is not finite."""
+        digests = []
+        for piece, source in pieces:
+            place = view[piece.offset : piece.offset + piece.count * self.dtype.itemsize].view(self.dtype)
+            digests.append(pack(source.to(place.device), place))
+        values = torch.stack(digests).cpu().to(torch.int64) & 0xFFFFFFFF  # waits for the device
+        sums = {}
+        for (piece, _), (low, high, infinite) in zip(pieces, values.tolist(), strict=True):
+            if infinite:
+                raise WeightMismatch(piece.name, f"finite values of {self.dtype}", f"{infinite} that are not")
+            sums[piece.label] = low | high << 32
+        return sums
 
     def _attest(self, expected: dict[str, int], reports: list[dict[str, Any]]) -> Gap | None:
         gap = None
@@ -212,22 +240,6 @@ class Publisher:
             raise
         self._phase("attest", {"accepted": True})
         return gap
-
-
-def lay_out(
-    tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, bucket_bytes: int
-) -> tuple[list[Slot], int]:
-    """Tensors into buckets in order, and the size of a bucket: bucket_bytes, or the largest tensor."""
-    slots: list[Slot] = []
-    bucket, offset, size = 0, 0, bucket_bytes
-    for name, tensor in tensors:
-        length = tensor.numel() * dtype.itemsize
-        if offset and offset + length > bucket_bytes:
-            bucket, offset = bucket + 1, 0
-        slots.append(Slot(name, tuple(tensor.shape), bucket, offset))
-        size = max(size, offset + length)
-        offset += -(-length // ALIGNMENT) * ALIGNMENT
-    return slots, size
 
 
 class _Clock:

@@ -87,9 +87,9 @@ def test_a_flipped_bit_is_refused_and_the_next_whole_version_serves(rig):
     name = "model.layers.1.self_attn.k_proj.weight"
 
     def flip(payload):
-        slot = next(s for s in rig.publisher._slots if s.name == name)
         if name in payload["checksums"]:
-            rig.publisher._buckets.views[slot.bucket % 2][slot.offset] ^= 4
+            piece = next(p for p in rig.publisher._layout.pieces if p.name == name)
+            rig.publisher._buckets.views[piece.bucket % 2][piece.offset] ^= 4
 
     rig.corrupt = flip
     assert_refused(rig, name)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from oapl_engine.weights.attest import Golden, WeightMismatch
-from oapl_engine.weights.publish import Publisher, lay_out
+from oapl_engine.weights.layout import lay_out
+from oapl_engine.weights.publish import Publisher
 from oapl_engine.weights.receiver.plan import PlanError
 from oapl_engine.weights.receiver.update import InPlaceUpdate
 
@@ -133,11 +134,11 @@ def test_a_flipped_bit_is_refused_by_name_and_nothing_of_its_bucket_reaches_the_
     engine, publisher, trainer = pair
     publisher.publish(1)
     before = engine.update.model.qkv.clone()
-    slot = next(s for s in publisher._slots if s.name == "k")
 
     def flip(payload):
         if "k" in payload["checksums"]:
-            publisher._buckets.views[slot.bucket % 2][slot.offset + 5] ^= 1
+            piece = next(p for p in publisher._layout.pieces if p.name == "k")
+            publisher._buckets.views[piece.bucket % 2][piece.offset + 5] ^= 1
 
     engine.before["bucket"] = flip
     change(trainer)
@@ -175,9 +176,12 @@ def test_a_reshaped_or_additional_tensor_is_refused_by_name(pair):
     with pytest.raises(WeightMismatch, match=r"^norm: expected shape \[8\]"):
         publisher.publish(2)
     trainer["norm"] = torch.zeros(8)
+    publisher.publish(3)
     trainer["extra"] = torch.zeros(3)
     with pytest.raises(WeightMismatch, match=r"^extra: expected no tensor"):
-        publisher.publish(3)
+        publisher.publish(4)
+    with pytest.raises(WeightMismatch, match=r"^extra: expected to be used by load_weights"):
+        publisher.publish(5)
     assert not engine.serving
 
 
@@ -238,13 +242,19 @@ def test_tied_tensors_travel_once(pair):
     assert report.bytes == sum(t.nbytes for n, t in trainer.items() if n != "head")
 
 
-def test_a_layout_never_overlaps_and_stays_within_its_bucket():
-    tensors = [(str(i), torch.empty(n)) for i, n in enumerate([1, 100, 128, 3, 1000, 5])]
-    slots, size = lay_out(tensors, torch.bfloat16, 512)
-    assert size == 2000
-    ends = {}
-    for slot, (_, tensor) in zip(slots, tensors, strict=True):
-        assert slot.offset % 64 == 0
-        assert slot.offset >= ends.get(slot.bucket, 0)
-        ends[slot.bucket] = slot.offset + 2 * tensor.numel()
-        assert ends[slot.bucket] <= size
+def test_a_layout_never_overlaps_stays_within_its_bucket_and_splits_between_rows():
+    shapes = [(1,), (100,), (128,), (3,), (10, 100), (5,), (2, 700), ()]
+    tensors = [(str(i), torch.empty(shape)) for i, shape in enumerate(shapes)]
+    layout = lay_out(tensors, torch.bfloat16, 512)
+    assert layout.size <= 512
+    ends, covered = {}, {}
+    for piece in layout.pieces:
+        assert piece.offset % 64 == 0
+        assert piece.offset >= ends.get(piece.bucket, 0)
+        ends[piece.bucket] = piece.offset + 2 * piece.count
+        assert ends[piece.bucket] <= layout.size
+        assert piece.start == covered.get(piece.name, 0), "in order, without gaps"
+        covered[piece.name] = piece.start + piece.count
+    assert covered == {name: t.numel() for name, t in tensors}
+    assert [p.count for p in layout.pieces if p.name == "4"] == [200] * 5, "two rows of 100 fit"
+    assert [p.count for p in layout.pieces if p.name == "6"] == [256] * 5 + [120], "not one row of 700 fits"

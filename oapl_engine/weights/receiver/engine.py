@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -17,8 +18,8 @@ from oapl_engine.weights.receiver.update import InPlaceUpdate
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """manifest: (name, dtype, shape) a tensor; layout: (bucket, byte offset in it) a tensor, same order; buffers: what
-    the transport describes; unused: tensors that the model may leave aside."""
+    """manifest: (name, dtype, shape) a tensor; layout: the fields of layout.Piece a piece; buffers: what the transport
+    describes; unused: tensors that the model may leave aside."""
 
     manifest: list[Any]
     layout: list[Any]
@@ -28,9 +29,10 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Bucket number, and the checksum of each tensor in it by name."""
+    """Bucket number, bytes of it that are used, and the checksum of each piece in it by label."""
 
     bucket: int
+    length: int
     checksums: dict[str, int]
 
 
@@ -43,8 +45,14 @@ class InPlaceWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.update = InPlaceUpdate(self.model)
+        self.update = InPlaceUpdate(self.model, torch.distributed.get_rank())
         self.report = self.update.report
+        self.model.register_forward_pre_hook(self._refuse_a_mix)
+
+    def _refuse_a_mix(self, *_: Any) -> None:
+        """Whoever resumes a paused server in mid-update gets a dead engine, never tokens of two versions."""
+        if self.update.state != "complete":
+            raise RuntimeError("weights are incomplete: publish a complete version before generating")
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self.update.init(init_info.manifest, init_info.layout, init_info.buffers, init_info.unused)
@@ -58,10 +66,10 @@ class InPlaceWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        self.update.receive(update_info.bucket, update_info.checksums)
+        self.update.receive(update_info.bucket, update_info.length, update_info.checksums)
 
     def finish_weight_update(self) -> None:
         self.update.finish()
 
     def shutdown(self) -> None:
-        self.update.buckets = {}
+        self.update.close()

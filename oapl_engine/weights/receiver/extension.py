@@ -16,6 +16,11 @@ class WeightReport:
         report: dict[str, Any] = self.weight_transfer_engine.report()
         return report
 
+    def parameter_checksums(self) -> dict[str, int]:
+        """This rank's InPlaceUpdate.parameter_checksums."""
+        found: dict[str, int] = self.weight_transfer_engine.update.parameter_checksums()
+        return found
+
     def abandon_weight_update(self) -> None:
         """Forget an update that was begun and not finished, so that the next one may start."""
         self._weight_update_active = False

@@ -40,6 +40,31 @@ class Region:
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.as_strided(tensor, self.shape, self.stride, self.offset)
 
+    def rows(self, dim: int, start: int, stop: int) -> Region:
+        """Narrowed in one dimension."""
+        shape = (*self.shape[:dim], stop - start, *self.shape[dim + 1 :])
+        return Region(self.name, self.offset + start * self.stride[dim], shape, self.stride)
+
+
+def cut(live: Region, source: Region, start: int, stop: int) -> Iterator[tuple[Region, Region]]:
+    """The parts of a copy whose source elements lie in [start, stop): rows of the dimension with the longest stride,
+    and what of the two rows at the ends."""
+    last = source.offset + sum((n - 1) * s for n, s in zip(source.shape, source.stride, strict=True))
+    if start <= source.offset and last < stop:
+        yield live, source
+    elif source.offset < stop and start <= last:
+        dim = max(range(len(source.shape)), key=lambda d: source.stride[d] if source.shape[d] > 1 else 0)
+        count, step = source.shape[dim], source.stride[dim]
+        inner = last - source.offset - (count - 1) * step
+        if inner >= step:
+            strides = f"shape {source.shape} with strides {source.stride}; raise weights.bucket_mb"
+            raise PlanError(source.name, "rows that do not interleave where a tensor is split over buckets", strides)
+        first = max(-(-(start - source.offset) // step), 0)
+        end = min((stop - 1 - inner - source.offset) // step + 1, count)
+        for a, b in sorted({(first - 1, first), (first, max(first, end)), (max(first, end), max(first, end) + 1)}):
+            if 0 <= a < b <= count:
+                yield from cut(live.rows(dim, a, b), source.rows(dim, a, b), start, stop)
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from oapl_engine.weights.receiver.attach import attach
 from oapl_engine.weights.receiver.checksum import checksum
-from oapl_engine.weights.receiver.plan import DTYPES, Plan, PlanError, live_parameters, record
+from oapl_engine.weights.receiver.inbox import Inbox, open_inbox
+from oapl_engine.weights.receiver.plan import DTYPES, Plan, PlanError, cut, live_parameters, record
 
 INTEGER = {2: torch.int16, 4: torch.int32}  # copies and comparisons are of bits, not of values
+PHASES = ("take", "check", "scatter", "read_back")
 
 
 @dataclass
 class Source:
-    """A trainer tensor in its bucket, with the live regions that it fills."""
+    """A piece of a trainer tensor in its bucket, with the live regions that it fills."""
 
+    label: str
     name: str
     tensor: torch.Tensor
     pairs: list[tuple[torch.Tensor, torch.Tensor]]  # (live, in the bucket), integer views
 
     def read_back(self) -> torch.Tensor:
-        """The tensor as the live parameters hold it; where another rank holds a part, that part as it was sent."""
+        """The piece as the live parameters hold it; where another rank holds a part, that part as it was sent."""
         live, sent = self.pairs[0] if len(self.pairs) == 1 else (self.tensor, self.tensor[:0])
         if sent.is_contiguous() and sent.numel() == self.tensor.numel():
             return live
@@ -35,78 +39,87 @@ class Source:
 
 
 class InPlaceUpdate:
-    """One model that is updated bucket by bucket. stale(): see LayerProbe.stale.
+    """One model that is updated bucket by bucket, in rank `rank` of its engine. stale(): see LayerProbe.stale.
 
     A refusal raises PlanError and is kept for report(); the state is then "incomplete" until a whole update arrived.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: torch.nn.Module, rank: int = 0) -> None:
+        self.model, self.rank = model, rank
         self.state = "complete"
         self.refused: dict[str, str] | None = None
         self.stale: Callable[[], str | None] = lambda: None
         self.plan = Plan({}, [])
+        self.inbox: Inbox | None = None
         self.buckets: dict[int, list[Source]] = {}
         self.checksums: dict[str, int] = {}
         self.changed = 0
         self.elements = 0
+        self.seconds = dict.fromkeys(PHASES, 0.0)
 
     def init(self, manifest: list[Any], layout: list[Any], buffers: dict[str, Any], unused: list[str]) -> None:
         """Record the plan and map the buckets. Raises PlanError."""
+        self.close()
         self.refused = None
         try:
             self.plan = record(self.model, manifest, unused)
         except PlanError as error:
             self._refuse(error)
-        parameters = dict(live_parameters(self.model).values())
-        self.elements = sum(p.numel() for p in parameters.values())
-        mapped = attach(buffers)
-        self.buckets = {}
-        for (name, dtype, shape), (bucket, offset) in zip(manifest, layout, strict=True):
-            buffer = mapped[bucket % len(mapped)]
-            sources = self.buckets.setdefault(bucket, [])
-            sources.append(self._source(name, DTYPES[dtype], shape, buffer, offset, parameters))
+        live = dict(live_parameters(self.model).values())
+        self.elements = sum(p.numel() for p in live.values())
+        self.inbox = open_inbox(buffers, self.rank, next(iter(live.values())).device)
+        dtypes = {name: DTYPES[dtype] for name, dtype, _ in manifest}
+        for label, name, start, count, bucket, offset in layout:
+            size = dtypes[name].itemsize
+            buffer = self.inbox.buffers[bucket % len(self.inbox.buffers)]
+            tensor = buffer[offset : offset + count * size].view(INTEGER[size])
+            source = Source(label, name, tensor, self._pairs(name, tensor, start, live))
+            self.buckets.setdefault(bucket, []).append(source)
 
-    def _source(
-        self, name: str, dtype: torch.dtype, shape: list[int], buffer: torch.Tensor, offset: int, live: dict[str, Any]
-    ) -> Source:
-        integer = INTEGER[dtype.itemsize]
-        count = torch.Size(shape).numel()
-        tensor = buffer[offset : offset + count * dtype.itemsize].view(integer)
-        regions = self.plan.copies.get(name, [])
-        base = tensor.storage_offset()
-        pairs = [
-            (to.of(live[to.name]).view(integer), tensor.as_strided(at.shape, at.stride, base + at.offset))
-            for to, at in regions
+    def _pairs(self, name: str, tensor: torch.Tensor, start: int, live: dict[str, Any]) -> list[Any]:
+        base = tensor.storage_offset() - start
+        return [
+            (part.of(live[part.name]).view(tensor.dtype), tensor.as_strided(at.shape, at.stride, base + at.offset))
+            for whole, origin in self.plan.copies.get(name, [])
+            for part, at in cut(whole, origin, start, start + len(tensor))
         ]
-        return Source(name, tensor, pairs)
 
     def start(self) -> None:
         if not self.buckets:
             raise RuntimeError("start before init: no plan has been recorded")
         self.state, self.refused = "incomplete", None
         self.checksums, self.changed = {}, 0
+        self.seconds = dict.fromkeys(PHASES, 0.0)
         parameters = dict(live_parameters(self.model).values())
         for region, value in self.plan.padding:
             region.of(parameters[region.name]).fill_(value)
 
-    def receive(self, bucket: int, checksums: dict[str, int]) -> None:
-        """Check the tensors of a bucket (checksums by name), then scatter them: all of them, or none if one differs."""
-        sources = [s for s in self.buckets[bucket] if s.name in checksums]
-        for source in sources:
-            expected, found = checksums[source.name], checksum(source.tensor)
-            if found != expected:
-                self._refuse(PlanError(source.name, f"checksum {expected:016x}", f"{found:016x} in the bucket"))
-        for source in sources:
-            for live, sent in source.pairs:
-                arrived = sent.to(live.device)
-                self.changed += int(torch.count_nonzero(live != arrived))
-                live.copy_(arrived)
-            self.checksums[source.name] = checksum(source.read_back())
+    def receive(self, bucket: int, length: int, checksums: dict[str, int]) -> None:
+        """Check the pieces of a bucket (checksums by label), then scatter them: all of them, or none if one differs."""
+        assert self.inbox is not None
+        sources = [s for s in self.buckets[bucket] if s.label in checksums]
+        with self._timed("take"):
+            self.inbox.take(bucket % len(self.inbox.buffers), length)
+        with self._timed("check"):
+            for source in sources:
+                expected, found = checksums[source.label], checksum(source.tensor)
+                if found != expected:
+                    self._refuse(PlanError(source.name, f"checksum {expected:016x}", f"{found:016x} in the bucket"))
+        with self._timed("scatter"):
+            self._scatter([pair for source in sources for pair in source.pairs])
+        with self._timed("read_back"):
+            for source in sources:
+                self.checksums[source.label] = checksum(source.read_back())
+
+    def _scatter(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for live, sent in pairs:
+            arrived = sent.to(live.device)
+            self.changed += int(torch.count_nonzero(live != arrived))
+            live.copy_(arrived)
 
     def finish(self) -> None:
         for source in (s for sources in self.buckets.values() for s in sources):
-            if source.name not in self.checksums:
+            if source.label not in self.checksums:
                 self._refuse(PlanError(source.name, "to arrive in this update", "nothing"))
         stale = self.stale()
         if stale:
@@ -114,15 +127,33 @@ class InPlaceUpdate:
         self.state = "complete"
 
     def report(self) -> dict[str, Any]:
-        """state; refused: {parameter, expected, found} or None; checksums of live values by trainer tensor; changed and
-        elements: counts over this rank's parameters in this update."""
+        """state; refused: {parameter, expected, found} or None; checksums of live values by label; changed and
+        elements: counts over this rank's parameters in this update; seconds: by phase, of this update."""
         return {
             "state": self.state,
             "refused": self.refused,
             "checksums": dict(self.checksums),
             "changed": self.changed,
             "elements": self.elements,
+            "seconds": dict(self.seconds),
         }
+
+    def parameter_checksums(self) -> dict[str, int]:
+        """Of the live parameters by the engine's own names, tied ones once."""
+        return {name: checksum(parameter) for name, parameter in live_parameters(self.model).values()}
+
+    def close(self) -> None:
+        """Let go of the trainer's buckets."""
+        self.buckets = {}
+        if self.inbox is not None:
+            self.inbox.close()
+        self.inbox = None
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - begin
 
     def _refuse(self, error: PlanError) -> None:
         self.refused = {"parameter": error.parameter, "expected": error.expected, "found": error.found}

@@ -1,1 +1,48 @@
-"""How buckets reach an engine. Each gives `views` (u8 tensors to fill), `describe()` for the receiver, `close()`."""
+"""How buckets reach an engine: the trainer's ends of the transports. The engine's are in receiver/inbox.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+
+class Buckets(Protocol):
+    """Two buffers, filled in turn. views: u8 tensors [size] to fill; describe(): for receiver.inbox.open_inbox, JSON;
+    send(index, length): the first `length` bytes of a view are complete, called just before the engine is told;
+    wait(index): until the view may be filled again, after the engine answered; close(): nothing is left behind."""
+
+    views: list[torch.Tensor]
+
+    def describe(self) -> dict[str, Any]: ...
+
+    def send(self, index: int, length: int) -> None: ...
+
+    def wait(self, index: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def make_buckets(transport: str, size: int, folder: Path | None = None, ranks: int = 1) -> Buckets:
+    """Buckets of `size` bytes. transport: "auto" (cuda_ipc where there is CUDA, else memfd), "memfd", "file" (in
+    `folder`, or a temporary one), "gloo", "nccl", "cuda_ipc"; ranks: of the engine. Raises ValueError."""
+    if transport == "auto":
+        transport = "cuda_ipc" if torch.cuda.is_available() else "memfd"
+    if transport == "memfd":
+        from oapl_engine.weights.transports.memfd import MemfdBuckets
+
+        return MemfdBuckets(size)
+    if transport == "file":
+        from oapl_engine.weights.transports.file import FileBuckets
+
+        return FileBuckets(size, folder)
+    if transport in ("gloo", "nccl"):
+        from oapl_engine.weights.transports.group import GroupBuckets
+
+        return GroupBuckets(transport, size, ranks)
+    if transport == "cuda_ipc":
+        from oapl_engine.weights.transports.cuda_ipc import CudaBuckets
+
+        return CudaBuckets(size)
+    raise ValueError(f"transport is {transport!r}; allowed: auto, memfd, file, gloo, nccl, cuda_ipc")

@@ -29,8 +29,14 @@ class MemfdBuckets:
         return fd
 
     def describe(self) -> dict[str, Any]:
-        """What receiver.attach needs: it opens /proc/<pid>/fd/<fd>, which only our own user may."""
+        """The engine opens /proc/<pid>/fd/<fd>, which only our own user may."""
         return {"transport": "memfd", "pid": os.getpid(), "fds": self._fds, "size": self.size}
+
+    def send(self, index: int, length: int) -> None:
+        """Nothing to do: the bytes are where the engine reads them."""
+
+    def wait(self, index: int) -> None:
+        """Nothing to do: the engine's answer comes after its last read."""
 
     def close(self) -> None:
         """Give the memory back once the engine has unmapped it too."""
