@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         ("rollouts", _rollouts, "export the rollouts of a run, one JSON object a line"),
         ("figure", _figure, "draw a run: reward and held-out pass@1, lag, distance from the engine"),
         ("configuration", _configuration, "print docs/configuration.md"),
+        ("doctor", _doctor, "check that a publish leaves a live engine equal to a freshly loaded one"),
     ):
         _add(commands, name, run, text, "")
     return parser
@@ -90,6 +91,8 @@ def _add(commands: argparse._SubParsersAction, name: str, run: Callable, text: s
             "Further options override a recipe's fields: --data.path FILE, --sampling.max_new_tokens 4096, …"
         )
     if name == "rollouts":
+    if name == "doctor":
+        command.add_argument("--weights", metavar="MODEL_DIR", required=True, help="model folder, Hugging Face layout")
         command.add_argument("--format", choices=["jsonl"], default="jsonl")
 
 
@@ -186,6 +189,18 @@ def _eval(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _configuration(_: argparse.Namespace, rest: list[str]) -> int:
+def _doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
+    _refuse(rest)
+    if not Path(arguments.weights).is_dir():
+        raise ConfigError(f"--weights {arguments.weights} is no folder: name one with config.json and the weights")
+    from oapl_engine.prove_weights import prove_weights
+
+    difference = prove_weights(arguments.weights)
+    if difference:
+        print(f"weights: {difference}")
+    return DIFFERENCE if difference else OK
+
+
     _refuse(rest)
     print(configuration_page(), end="")
     return OK

@@ -33,6 +33,7 @@ from oapl_engine.trainer.score import score
 from oapl_engine.weights.attest import TOLERANCE, Golden, WeightMismatch
 from oapl_engine.weights.publish import Publisher
 
+from oapl_engine.weights.transports import Buckets, check_transport, make_buckets
 DRAIN_SECONDS = 60.0  # verdicts of samples that a dead engine had finished
 RESTARTS = 3  # deaths in a row, without a group in between, that end the run
 
@@ -42,6 +43,10 @@ def open_generator(learner: Learner, inbox: queue.SimpleQueue[e.Event]) -> Itera
     """Task, verifiers and a running engine for a learner's recipe; all of it is gone on exit."""
     recipe = learner.recipe
     context = context_length(learner)
+    try:
+        check_transport(recipe.weights.transport)
+    except ValueError as error:
+        raise ConfigError(f"weights.{error}") from error
     data = replace(recipe.data, max_prompt_tokens=context - recipe.sampling.max_new_tokens)
     task = load_task(data, recipe.run.seed, learner.policy.tokenizer)
     held_out = task.held_out
@@ -149,11 +154,12 @@ class Generator:
             return self.collector.call(self.engine.client.transfer(phase, payload))
 
         return Publisher(
-            lambda: published_weights(policy).items(),
+            lambda: published_weights(policy),
             control,
             bucket_bytes=self.recipe.weights.bucket_mb << 20,
             dtype=getattr(torch, dtype),
             golden=Golden(self._probe(), self._probe_logprobs, TOLERANCE[dtype]),
+            make_buckets=self._make_buckets,
         )
 
     def _probe(self) -> list[list[int]]:
@@ -182,6 +188,10 @@ class Generator:
         r = self.recipe
         return EngineOptions(
             model=self.learner.model.path,
+    def _make_buckets(self, size: int) -> Buckets:
+        transport, folder = self.recipe.weights.transport, self.learner.run_dir / "weights"
+        return make_buckets(transport, size, folder, self.recipe.rollout.tensor_parallel)
+
             dtype=r.model.dtype if r.rollout.engine_dtype == "auto" else r.rollout.engine_dtype,
             tensor_parallel=r.rollout.tensor_parallel,
             max_model_len=self.context,

@@ -62,7 +62,7 @@ def recipe(tmp_path):
         ("--lag 3", ["--section.field value"]),
         ("--data.held_out 0", ["data.held_out = 0", "evaluation.n = 0"]),
         ("--rollout.engines 2", ["rollout.engines = 2", "one engine"]),
-        ("--weights.transport nccl", ['weights.transport = "nccl"', "memfd"]),
+        ("--weights.transport pigeon", ["weights.transport", "pigeon", "memfd"]),
     ],
 )
 def test_what_is_wrong_is_named(recipe, override, words):

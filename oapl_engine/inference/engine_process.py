@@ -63,9 +63,12 @@ class EngineServer:
         self.counters = Counters(options["incarnation"])
         self.state = "complete"
         self.keep = False
+        self.refused: dict[str, str] = {}
         self.gate = asyncio.Event()
         self.gate.set()
         self._names = 0
+        block: int = llm.vllm_config.cache_config.block_size
+        self.canary = [1] * min(block + 1, options["max_model_len"] - 1)  # just long enough to be cached
 
     async def answer(self, request: Request, send: Callable[[Reply], None]) -> None:
         """Carry out one request; every request ends in exactly one "result" or "refused"."""
@@ -182,9 +185,9 @@ class EngineServer:
             await self.llm.wake_up(tags or None)
 
     async def transfer(self, phase: str, payload: dict[str, Any]) -> dict[str, Any]:
-        """One phase of a weight update. Returns {"state", "version", "error": None | str, "reports": one a rank, after
-        an error and at the end}. "inspect" changes nothing; its reports are the checksums of the parameters."""
-        error = None
+        """One phase of a weight update. Returns {"state", "version", "error": None | str, "refused", "reports": one a
+        rank, after an error and at the end}; "inspect" changes nothing, its reports are checksums of the parameters."""
+        error, self.refused = None, {}
         try:
             if phase != "inspect":
                 await PHASES[phase](self, payload)
@@ -194,12 +197,20 @@ class EngineServer:
         method = "parameter_checksums" if phase == "inspect" else "weight_report"
         asked = error or phase in ("finish", "inspect")
         reports = await self.llm.collective_rpc(method) if asked else []
-        return {"state": self.state, "version": self.version, "error": error, "reports": reports}
+        return {
+            "state": self.state,
+            "version": self.version,
+            "error": error,
+            "refused": self.refused,
+            "reports": reports,
+        }
 
     async def _init(self, payload: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=payload))
+        if self.state == "complete":
+            await self._cached_tokens()  # something old for the first update to leave behind
 
     async def _start(self, payload: dict[str, Any]) -> None:
         if self.gate.is_set():
@@ -221,7 +232,22 @@ class EngineServer:
             raise RuntimeError(f"finish without start: weights are {self.state}")
         await self.llm.finish_weight_update(str(self.arriving))
         await self.llm.resume_generation()
+        if cached := await self._cached_tokens():
+            self.refused = {
+                "parameter": "prefix cache",
+                "expected": "no blocks of the version before",
+                "found": f"{cached} tokens of it",
+            }
+            raise RuntimeError(f"prefix cache: {cached} tokens of the version before are still there")
         self.state, self.version = "unattested", self.arriving
+
+    async def _cached_tokens(self) -> int:
+        """How many tokens of the canary come from the prefix cache; all of it is in there afterwards."""
+        from vllm import SamplingParams
+
+        self.counters.tokens_scored += len(self.canary)
+        output = await self._complete(self.canary, SamplingParams(max_tokens=1, detokenize=False, ignore_eos=True))
+        return int(output.num_cached_tokens or 0)
 
     async def _attest(self, payload: dict[str, Any]) -> None:
         if payload["accepted"] and self.state != "unattested":

@@ -115,7 +115,7 @@ def _write_files(
 ) -> None:
     adapter = {name: p.detach().contiguous() for name, p in policy.trainable().items() if ".lora_" in name}
     with quiet():
-        policy.model.save_pretrained(folder, state_dict=published_weights(policy) if adapter else None)
+        policy.model.save_pretrained(folder, state_dict=dict(published_weights(policy)) if adapter else None)
         if policy.tokenizer is not None:
             policy.tokenizer.save_pretrained(folder)
     if adapter:

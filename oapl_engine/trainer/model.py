@@ -98,7 +98,7 @@ def load_policy(model: config.Model, train: config.Train, device: torch.device |
     Everything is checked before it returns: files, vocabulary, weights, precision, and that packed rows give the
     model's own log-probs; layouts that do not are given up, and the reason is logged. Raises ConfigError.
     """
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     matmul_dtype = _matmul_dtype(model, train, device)
     try:
         kernel = attention.attention_kernel(model.attention, device, matmul_dtype)
@@ -114,6 +114,11 @@ def load_policy(model: config.Model, train: config.Train, device: torch.device |
     choose_layout(policy)
     _prepare_training(policy, train)
     return policy
+
+
+def default_device() -> torch.device:
+    """This rank's GPU if there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _matmul_dtype(model: config.Model, train: config.Train, device: torch.device) -> torch.dtype:
@@ -280,14 +285,16 @@ def _prepare_training(policy: Policy, train: config.Train) -> None:
             layer.compile(dynamic=True)
 
 
-def published_weights(policy: Policy) -> dict[str, Tensor]:
-    """Hugging Face name to weight, as served: LoRA merged into a copy of its base, tied weights under one name."""
-    weights = {name: p.detach() for name, p in policy.model.named_parameters() if ".lora_" not in name}
-    for name, module in policy.model.named_modules():
-        if isinstance(module, LoraLayer):
-            base = weights[f"{name}.base_layer.weight"]
-            weights[f"{name}.base_layer.weight"] = base + module.get_delta_weight("default").detach().to(base.dtype)
-    return {name.replace(".base_layer", ""): weight for name, weight in weights.items()}
+def published_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face name and weight, as served, in turn: LoRA merged into a copy of its base, tied weights once."""
+    modules = policy.model.named_modules()
+    adapters = {f"{name}.base_layer.weight": m for name, m in modules if isinstance(m, LoraLayer)}
+    for name, parameter in policy.model.named_parameters():
+        weight = parameter.detach()
+        if name in adapters:
+            weight = weight + adapters[name].get_delta_weight("default").detach().to(weight.dtype)
+        if ".lora_" not in name:
+            yield name.replace(".base_layer", ""), weight
 
 
 def vocabulary_size(policy: Policy) -> int:

@@ -82,10 +82,16 @@ class Publisher:
         published whole) and what `control` raises."""
         clock = _Clock()
         with clock("total"):
-            with clock("pause"):
-                self.control("pause", {"mode": self.on_publish})
             try:
-                expected, reports = self._transfer(version, clock)
+                buckets = self._prepare(version, clock)
+            except Exception:
+                deque(self._gathered(), 0)  # the other ranks of a sharded trainer wait in these gathers
+                raise
+            try:
+                with clock("transfer"):
+                    expected = self._send(buckets, clock)
+                with clock("finish"):
+                    reports = self._phase("finish", {})["reports"]
             except BaseException:
                 self._detach()  # a transport may be stuck in the middle, and the engine's plan may be what is wrong
                 raise
@@ -110,20 +116,19 @@ class Publisher:
         self._sender.shutdown()
         self._detach()
 
-    def _transfer(self, version: int, clock: _Clock) -> tuple[dict[str, int], list[dict[str, Any]]]:
-        """Everything from init to finish: checksums by label, and a report of each rank of the engine."""
+    def _prepare(self, version: int, clock: _Clock) -> Buckets:
+        """An engine that is paused, attached, and waits for the first bucket of a version."""
+        with clock("pause"):
+            self.control("pause", {"mode": self.on_publish})
         with clock("init"):
             buckets = self._buckets or self._attach()
         self._phase("start", {"version": version})
-        with clock("transfer"):
-            expected = self._send(buckets, clock)
-        with clock("finish"):
-            return expected, self._phase("finish", {})["reports"]
+        return buckets
 
     def _phase(self, phase: str, payload: dict[str, Any]) -> dict[str, Any]:
         reply: dict[str, Any] = self.control(phase, payload)
-        for report in reply["reports"] if reply["error"] else ():
-            if report["refused"]:
+        for report in [reply, *reply["reports"]] if reply["error"] else ():
+            if report.get("refused"):
                 raise WeightMismatch(**report["refused"])
         if reply["error"]:
             raise RuntimeError(f"weight transfer, phase {phase}: {reply['error']}")
@@ -131,12 +136,17 @@ class Publisher:
 
     def _attach(self) -> Buckets:
         self._layout = lay_out(self.named_tensors(), self.dtype, self.bucket_bytes)
-        self._buckets = self._make_buckets(self._layout.size)
+        buckets = self._make_buckets(self._layout.size)
         dtype = str(self.dtype).removeprefix("torch.")
         manifest = [(name, dtype, list(shape)) for name, shape in self._layout.shapes.items()]
         layout = [(p.label, p.name, p.start, p.count, p.bucket, p.offset) for p in self._layout.pieces]
-        self._phase("init", {"manifest": manifest, "layout": layout, "buffers": self._buckets.describe()})
-        return self._buckets
+        try:
+            self._phase("init", {"manifest": manifest, "layout": layout, "buffers": buckets.describe()})
+        except BaseException:
+            buckets.close()
+            raise
+        self._buckets = buckets
+        return buckets
 
     def _detach(self) -> None:
         if self._buckets is not None:

@@ -76,7 +76,7 @@ def test_folder_is_what_transformers_loads(rank, fresh, groups, tmp_path):
     assert {p.name for p in folder.glob("*.safetensors")} == {"model.safetensors"}
     assert {p.name for p in folder.glob("*.json")} >= {"config.json", "tokenizer.json", "generation_config.json"}
     assert torch.equal(load_newest(tmp_path).published()["x"], torch.ones(2))
-    served = published_weights(policy)
+    served = dict(published_weights(policy))
     assert served.keys() == {n for n, _ in loaded.named_parameters()}
 
 

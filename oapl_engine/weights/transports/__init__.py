@@ -27,6 +27,7 @@ class Buckets(Protocol):
 def make_buckets(transport: str, size: int, folder: Path | None = None, ranks: int = 1) -> Buckets:
     """Buckets of `size` bytes. transport: "auto" (cuda_ipc where there is CUDA, else memfd), "memfd", "file" (in
     `folder`, or a temporary one), "gloo", "nccl", "cuda_ipc"; ranks: of the engine. Raises ValueError."""
+    check_transport(transport)
     if transport == "auto":
         transport = "cuda_ipc" if torch.cuda.is_available() else "memfd"
     if transport == "memfd":
@@ -46,3 +47,9 @@ def make_buckets(transport: str, size: int, folder: Path | None = None, ranks: i
 
         return CudaBuckets(size)
     raise ValueError(f"transport is {transport!r}; allowed: auto, memfd, file, gloo, nccl, cuda_ipc")
+
+
+def check_transport(transport: str) -> None:
+    """ValueError for one that cannot work on this machine."""
+    if transport in ("nccl", "cuda_ipc") and not torch.cuda.is_available():
+        raise ValueError(f'transport = "{transport}", but there is no CUDA device; allowed here: memfd, file, gloo')
