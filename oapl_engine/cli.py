@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -59,8 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, text in (
         ("rollouts", _rollouts, "export the rollouts of a run, one JSON object a line"),
         ("figure", _figure, "draw a run: reward and held-out pass@1, lag, distance from the engine"),
-        ("configuration", _configuration, "print docs/configuration.md"),
         ("doctor", _doctor, "check that a publish leaves a live engine equal to a freshly loaded one"),
+        ("configuration", _configuration, "print docs/configuration.md"),
     ):
         _add(commands, name, run, text, "")
     return parser
@@ -90,9 +91,9 @@ def _add(commands: argparse._SubParsersAction, name: str, run: Callable, text: s
         command.epilog = (
             "Further options override a recipe's fields: --data.path FILE, --sampling.max_new_tokens 4096, …"
         )
-    if name == "rollouts":
     if name == "doctor":
         command.add_argument("--weights", metavar="MODEL_DIR", required=True, help="model folder, Hugging Face layout")
+    if name == "rollouts":
         command.add_argument("--format", choices=["jsonl"], default="jsonl")
 
 
@@ -116,7 +117,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _make_model(recipe: Recipe, folder: Path) -> None:
     """Where the model is missing and a warm start beside the recipe writes it, make it first."""
-    if Path(recipe.model.path).exists():
+    if Path(recipe.model.path).exists() or int(os.environ.get("RANK", "0")):  # other ranks wait for the first
         return
     for path in sorted(folder.glob("*sft*.toml")):
         sft = load_sft_recipe(path)
@@ -188,7 +189,6 @@ def _eval(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return OK
 
 
-def _configuration(_: argparse.Namespace, rest: list[str]) -> int:
 def _doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
     _refuse(rest)
     if not Path(arguments.weights).is_dir():
@@ -201,6 +201,7 @@ def _doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
     return DIFFERENCE if difference else OK
 
 
+def _configuration(_: argparse.Namespace, rest: list[str]) -> int:
     _refuse(rest)
     print(configuration_page(), end="")
     return OK

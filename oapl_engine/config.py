@@ -145,9 +145,11 @@ class Schedule:
         default=None, gt=0, allow_inf_nan=False, description="publish early past this KL, nats a token"
     )
     on_publish: Literal["drain", "abort", "keep"] = Field(
-        default="drain", description="what happens to groups in flight"
+        default="drain",
+        description="groups in flight at a publish are waited for, ended, or kept (they go on under the new version); "
+        "phased with abort or keep: those of a credit over lag x groups_per_step, so that no phase waits for the slowest",
     )
-    window: int = Field(default=0, ge=0, description="policy versions kept for training; 0: 1, or 2 in async")
+    window: int = Field(default=0, ge=0, description="policy versions kept for training; 0: 1, or 2 in async and keep")
     credit: int = Field(
         default=0, ge=0, description="groups generated ahead of training at most; 0: lag x groups_per_step"
     )
@@ -176,8 +178,10 @@ class ObjectiveSection:
         allow_inf_nan=False,
         description="choose beta2 each step so that rms(A)/beta2 is this many nats",
     )
-    equal_groups: Literal["drop", "keep", "subsample"] = Field(
-        default="drop", description="groups whose rewards are all equal carry no signal about the answer"
+    equal_groups: Literal["drop", "keep", "subsample", "resample"] = Field(
+        default="drop",
+        description="groups whose rewards are all equal carry no signal about the answer; resample: other prompts take "
+        "their places, so that a step is full",
     )
     overlong: Literal["as_scored", "excluded", "soft"] = Field(
         default="as_scored", description="responses cut at max_new_tokens; soft: linear penalty over the last fifth"
@@ -470,8 +474,14 @@ def _check_schedule(r: Recipe) -> None:
             f"schedule.credit = {s.credit} is below schedule.groups_per_step = {s.groups_per_step}: a step could never "
             "be filled; raise it, or 0 for lag x groups_per_step"
         )
-    if s.mode in ("sync", "phased") and s.window > 1:
-        raise ConfigError(f'schedule.window = {s.window}: mode = "{s.mode}" clears at each publish; use mode = "async"')
+    carries = s.mode == "async" or (s.mode == "phased" and s.on_publish == "keep")
+    if s.mode != "offline" and s.window > 1 and not carries:
+        raise ConfigError(
+            f'schedule.window = {s.window}: mode = "{s.mode}" clears at each publish; use mode = "async", or "phased" '
+            'with on_publish = "keep"'
+        )
+    if s.mode == "offline" and r.objective.equal_groups == "resample":
+        raise ConfigError('objective.equal_groups = "resample" needs an engine; in offline mode use "drop"')
 
 
 def _check_objective(r: Recipe) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import threading
 import time
@@ -32,8 +33,8 @@ from oapl_engine.trainer.model import published_weights
 from oapl_engine.trainer.score import score
 from oapl_engine.weights.attest import TOLERANCE, Golden, WeightMismatch
 from oapl_engine.weights.publish import Publisher
-
 from oapl_engine.weights.transports import Buckets, check_transport, make_buckets
+
 DRAIN_SECONDS = 60.0  # verdicts of samples that a dead engine had finished
 RESTARTS = 3  # deaths in a row, without a group in between, that end the run
 
@@ -42,11 +43,11 @@ RESTARTS = 3  # deaths in a row, without a group in between, that end the run
 def open_generator(learner: Learner, inbox: queue.SimpleQueue[e.Event]) -> Iterator[Generator]:
     """Task, verifiers and a running engine for a learner's recipe; all of it is gone on exit."""
     recipe = learner.recipe
-    context = context_length(learner)
     try:
         check_transport(recipe.weights.transport)
     except ValueError as error:
         raise ConfigError(f"weights.{error}") from error
+    context = context_length(learner)
     data = replace(recipe.data, max_prompt_tokens=context - recipe.sampling.max_new_tokens)
     task = load_task(data, recipe.run.seed, learner.policy.tokenizer)
     held_out = task.held_out
@@ -63,6 +64,8 @@ def open_generator(learner: Learner, inbox: queue.SimpleQueue[e.Event]) -> Itera
         incarnation=learner.journal.incarnations(),
     )
     learner.first_unfinished = generator.first_unfinished
+    if recipe.schedule.mode != "async":
+        learner.leave_device()  # vLLM sizes its cache from the memory that it finds free
     try:
         generator.start()
         yield generator
@@ -92,13 +95,21 @@ def context_length(learner: Learner) -> int:
     return min(wanted, positions)
 
 
+def engine_cores(recipe: Recipe) -> tuple[int, ...]:
+    """CPU cores of the engine: in async mode those beyond run.threads, which the trainer keeps; empty: all of them."""
+    cores, threads = sorted(os.sched_getaffinity(0)), recipe.run.threads
+    apart = recipe.schedule.mode == "async" and 0 < threads < len(cores) and not torch.cuda.is_available()
+    return tuple(cores[threads:]) if apart and "WORLD_SIZE" not in os.environ else ()
+
+
 @dataclass(frozen=True)
 class Attempt:
-    """A prompt admitted at `position` of the order, for the attempt-th time."""
+    """A prompt admitted at `position` of the order, for the attempt-th time, to engine `incarnation`."""
 
     prompt: Prompt
     position: int
     attempt: int
+    incarnation: int = 0
 
     def key(self, epoch: int) -> str:
         return group_key(epoch, self.prompt.id, self.attempt)
@@ -122,6 +133,8 @@ class Generator:
     retries: list[Attempt] = field(default_factory=list)
     in_flight: dict[str, Attempt] = field(default_factory=dict)
     deaths: int = 0
+    dealt: int = 0
+    golden: list[NDArray[np.float32]] | None = None
     deaths_seen: queue.SimpleQueue[Engine | None] = field(default_factory=queue.SimpleQueue)
     since: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -131,20 +144,33 @@ class Generator:
     def recipe(self) -> Recipe:
         return self.learner.recipe
 
+    @property
+    def rank(self) -> int:
+        return self.learner.ranks.rank
+
     def start(self) -> None:
         """Start the engine on the start model's weights; EngineReady follows in the inbox."""
         options = self._engine_options()
         self.learner.display.show_phase("start", "engine (vLLM)")
-        self.engine = start_engine(options, self.learner.run_dir / "engine.log", on_lost=self.deaths_seen.put)
+        log = f"engine.rank{self.rank}.log" if self.rank else "engine.log"
+        self.engine = start_engine(options, self.learner.run_dir / log, on_lost=self._on_lost)
         threading.Thread(target=self._keep_engine, name="keep-engine", daemon=True).start()
         self.collector = Collector(self.engine.client, self._verify, self._on_group, self._on_failure)
         self.publisher = self._publisher()
-        self.inbox.put(e.EngineReady(0))
+        self.inbox.put(e.EngineReady(self.rank))
 
     def _publisher(self) -> Publisher:
         """Publishes the policy's weights; what happens to generation meanwhile is the scheduler's Pause and Resume."""
         dtype = self.engine.options.dtype
-        policy = self.learner.policy
+        policy, probe = self.learner.policy, self._probe()
+
+        def remember() -> None:
+            self.golden = self._probe_logprobs(probe)
+
+        def golden(_: Any) -> list[NDArray[np.float32]]:
+            return self._probe_logprobs(probe) if self.golden is None else self.golden
+
+        self.learner.before_offload = remember  # on its device; a publish finds the policy on the host
 
         def control(phase: str, payload: dict[str, Any]) -> Any:
             if phase in ("pause", "resume"):
@@ -158,13 +184,17 @@ class Generator:
             control,
             bucket_bytes=self.recipe.weights.bucket_mb << 20,
             dtype=getattr(torch, dtype),
-            golden=Golden(self._probe(), self._probe_logprobs, TOLERANCE[dtype]),
+            golden=Golden(probe, golden, TOLERANCE[dtype]),
             make_buckets=self._make_buckets,
         )
 
+    def _make_buckets(self, size: int) -> Buckets:
+        transport, folder = self.recipe.weights.transport, self.learner.run_dir / "weights"
+        return make_buckets(transport, size, folder, self.recipe.rollout.tensor_parallel)
+
     def _probe(self) -> list[list[int]]:
         """Token ids of the fixed probe set: prompts and a response of the start model to each; kept for resumes."""
-        path = self.learner.run_dir / "probe.json"
+        path = self.learner.run_dir / (f"probe.rank{self.rank}.json" if self.rank else "probe.json")
         if not path.exists():
             prompts = [self.task.prompt(i) for i in range(self.recipe.weights.golden_prompts)]
             samples = self.collector.generate_many(prompts, 1, self._sampling())
@@ -188,15 +218,12 @@ class Generator:
         r = self.recipe
         return EngineOptions(
             model=self.learner.model.path,
-    def _make_buckets(self, size: int) -> Buckets:
-        transport, folder = self.recipe.weights.transport, self.learner.run_dir / "weights"
-        return make_buckets(transport, size, folder, self.recipe.rollout.tensor_parallel)
-
             dtype=r.model.dtype if r.rollout.engine_dtype == "auto" else r.rollout.engine_dtype,
             tensor_parallel=r.rollout.tensor_parallel,
             max_model_len=self.context,
             kv_cache_mb=r.rollout.kv_cache_mb,
             memory_share=r.rollout.memory_share,
+            cores=engine_cores(r),
             seed=r.run.seed + self.incarnation,
             incarnation=self.incarnation,
             version=-1,  # the weights of the model folder are no version of this run until one is published
@@ -216,8 +243,8 @@ class Generator:
     def handlers(self) -> dict[type, Any]:
         return {
             e.Submit: self.submit,
-            e.Pause: lambda c: self._answered(self.engine.client.pause(c.mode), None),
-            e.Resume: lambda _: self._answered(self.engine.client.resume(), None),
+            e.Pause: lambda c: self._told(self.engine.client.pause(c.mode)),
+            e.Resume: lambda _: self._told(self.engine.client.resume()),
             e.Sleep: self.sleep,
             e.Wake: self.wake,
             e.Publish: self.publish,
@@ -225,15 +252,21 @@ class Generator:
         }
 
     def submit(self, command: e.Submit) -> None:
-        """Admit prompts: those that a dead engine lost first, then the next of the order."""
+        """Admit this rank's share of the prompts: those that a dead engine lost first, then the next of the order."""
         self.since = time.monotonic()
-        for _ in range(command.n):
+        for _ in range(self._share(command)):
             attempt = self._next_attempt()
             key = attempt.key(self.task.epoch(attempt.position))
             with self.lock:
                 self.in_flight[key] = attempt
             self.collector.submit(attempt.prompt, key, self.recipe.schedule.group_size, self._sampling())
         self._show_progress()
+
+    def _share(self, command: e.Submit) -> int:
+        """Groups of a Submit are dealt in turn to all ranks whose engine serves."""
+        serving = [r for r in range(self.learner.ranks.world) if r not in command.without]
+        first, self.dealt = self.dealt, self.dealt + command.n
+        return sum(serving[i % len(serving)] == self.rank for i in range(first, self.dealt))
 
     def first_unfinished(self) -> int:
         """Position from which a resumed run must look for prompts: none before it is still to be generated."""
@@ -243,10 +276,14 @@ class Generator:
     def _next_attempt(self) -> Attempt:
         with self.lock:
             if self.retries:
-                return self.retries.pop(0)
+                return replace(self.retries.pop(0), incarnation=self.engine.options.incarnation)
+        incarnation = self.engine.options.incarnation
         while True:
+            if self.position % self.learner.ranks.world != self.rank:  # ranks take positions in turn
+                self.position += 1
+                continue
             prompt = self.task.prompt(self.position)
-            attempt = Attempt(prompt, self.position, 0)
+            attempt = Attempt(prompt, self.position, 0, incarnation)
             self.position += 1
             # A resumed run meets prompts that were generated after the checkpoint; their groups are in the log.
             if attempt.key(self.task.epoch(attempt.position)) not in self.logged:
@@ -277,14 +314,19 @@ class Generator:
             if lost and attempt.attempt == 0:  # once: a prompt that kills engines must not kill them all
                 self.retries.append(Attempt(attempt.prompt, attempt.position, attempt.attempt + 1))
         if lost:
+            if attempt.incarnation == self.engine.options.incarnation:  # before the group: nobody must submit again yet
+                self.inbox.put(e.EngineLost(self.rank))
             self.learner.journal.dispose([r.key for r in scored], "lost")
+            self.inbox.put(e.GroupInvalid(group.id, "its engine died"))
         elif len(scored) < 2:
             self.learner.journal.dispose([r.key for r in scored], "dropped:group_too_small")
             self.inbox.put(e.GroupInvalid(group.id, f"{len(scored)} of {len(group.rollouts)} rollouts scored"))
         else:
             self.deaths = 0
             tokens = sum(r.response_tokens for r in group.rollouts)
-            self.inbox.put(e.GroupDone(group.id, tokens, group.version))
+            equal = len({r.reward for r in scored}) == 1
+            seconds = (time.time_ns() - max(r.finished_ns for r in group.rollouts)) / 1e9
+            self.inbox.put(e.GroupDone(group.id, tokens, group.version, equal, round(max(0.0, seconds), 4)))
         self._show_progress()
 
     def _show_progress(self) -> None:
@@ -292,8 +334,8 @@ class Generator:
             waiting = len(self.in_flight)
         self.learner.display.show_phase("generate", f"{waiting} groups to go" if waiting else "done")
 
-    def publish(self, command: e.Publish) -> e.Published | e.PublishFailed | None:
-        """Pack, send, check, attest. None where the engine died: EngineLost comes from the watcher."""
+    def publish(self, command: e.Publish) -> e.Published | e.PublishFailed | e.Interrupted:
+        """Pack, send, check, attest."""
         learner = self.learner
         learner.display.show_phase("publish", f"version {command.version}")
         try:
@@ -302,7 +344,7 @@ class Generator:
             learner.display.say(f"version {command.version} was refused: {error}")
             return e.PublishFailed(command.version, error.parameter)
         except EngineLost:
-            return None
+            return self._interrupted()
         learner.stopwatch.add("publish", report.seconds["total"] - report.seconds["attest"])
         learner.stopwatch.add("attest", report.seconds["attest"])
         learner.journal.published(command.version, learner.step, report.checksum, self.engine.options.incarnation)
@@ -314,9 +356,11 @@ class Generator:
             learner.published |= {f"logprob_gap_{name}": value for name, value in gap.items()}
         return e.Published(command.version)
 
-    def evaluate(self, command: e.Evaluate) -> e.EvaluationDone | None:
-        """Held-out pass@k of the version that serves; None where the engine died."""
+    def evaluate(self, command: e.Evaluate) -> e.EvaluationDone | e.Interrupted | None:
+        """Held-out pass@k of the version that serves, by rank 0's engine; the other ranks wait."""
         learner, recipe = self.learner, self.recipe
+        if self.rank:
+            return None
         learner.display.show_phase("evaluate", f"{len(self.held_out)} problems x {recipe.evaluation.n}")
         try:
             with learner.stopwatch.measure("evaluate"):
@@ -327,7 +371,7 @@ class Generator:
                     seed=recipe.run.seed,
                 )
         except EngineLost:
-            return None
+            return self._interrupted()
         append_evaluation(result, sorted({1, *recipe.evaluation.k}), learner.run_dir)
         mean, error = result.pass_at_k(1)
         learner.display.say(
@@ -354,6 +398,10 @@ class Generator:
         self.failure = error
         self.inbox.put(e.Stop(now=True))
 
+    def _on_lost(self, engine: Engine) -> None:
+        self.inbox.put(e.EngineLost(self.rank))
+        self.deaths_seen.put(engine)
+
     def _keep_engine(self) -> None:
         """Replace an engine that died. A thread for the life of the run: an engine dies with the thread that started it
         (PR_SET_PDEATHSIG)."""
@@ -364,21 +412,20 @@ class Generator:
                 self._on_failure(error)
 
     def _replace(self, engine: Engine) -> None:
-        """Account for what was in flight, start a fresh process, say both to the scheduler."""
+        """Account for what was in flight, start a fresh process, tell the scheduler."""
+        self.deaths += 1
+        self.learner.display.say(f"engine incarnation {engine.options.incarnation} died; see {engine.log_path}")
         until = time.monotonic() + DRAIN_SECONDS
         while self.in_flight and time.monotonic() < until:
             time.sleep(0.05)
-        self.deaths += 1
-        self.learner.display.say(f"engine incarnation {engine.options.incarnation} died; see {engine.log_path}")
-        self.inbox.put(e.EngineLost(0))
         if self.deaths > RESTARTS:
             raise EngineStartError(f"the engine died {self.deaths} times in a row; see {engine.log_path}")
         engine.restart()
         self.collector.attach(engine.client)
         self.publisher.engine_restarted()
-        self.inbox.put(e.EngineReady(0))
+        self.inbox.put(e.EngineReady(self.rank))
 
-    def sleep(self, command: e.Sleep) -> e.Slept | None:
+    def sleep(self, command: e.Sleep) -> e.Slept | e.Interrupted:
         self._count_tokens()
         return self._answered(self.engine.client.sleep(command.tags), e.Slept())
 
@@ -388,17 +435,27 @@ class Generator:
             counters = self.collector.call(self.engine.client.counters())
             self.learner.journal.count_tokens(counters["incarnation"], "engine", counters["tokens_generated"])
 
-    def wake(self, command: e.Wake) -> e.Awake | None:
-        awake = e.Awake() if "weights" in command.tags else None  # the KV cache follows; nobody waits for it
-        return self._answered(self.engine.client.wake(command.tags), awake)
+    def wake(self, command: e.Wake) -> e.Awake | e.Interrupted | None:
+        if "weights" not in command.tags:  # the KV cache, after a publish: nobody waits for it
+            self._told(self.engine.client.wake(command.tags))
+            return None
+        return self._answered(self.engine.client.wake(command.tags), e.Awake())
+
+    def _told(self, coroutine: Any) -> None:
+        """Carry out a command that has no answer."""
+        self._answered(coroutine, None)
 
     def _answered(self, coroutine: Any, event: Any) -> Any:
-        """The event, or None where the engine died: EngineLost comes from the watcher."""
+        """The event, or Interrupted where the engine died."""
         try:
             self.collector.call(coroutine)
         except EngineLost:
-            return None
+            return self._interrupted()
         return event
+
+    def _interrupted(self) -> e.Interrupted:
+        self.inbox.put(e.EngineLost(self.rank))  # heard before the answer, whoever notices first
+        return e.Interrupted()
 
 
 def _as_group(number: int, token_ids: NDArray[np.int32]) -> Group:

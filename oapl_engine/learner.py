@@ -1,9 +1,10 @@
-"""The learning half of a run: carries out Train, Clear, Checkpoint, LoadTrainer and OffloadTrainer."""
+"""The learning half of a run: carries out Train, Clear, Resample, Checkpoint, LoadTrainer and OffloadTrainer."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,32 +23,41 @@ from oapl_engine.rollout_log.log import RolloutLog
 from oapl_engine.samples import Group
 from oapl_engine.scheduler import events as e
 from oapl_engine.trainer import checkpoint
+from oapl_engine.trainer.attention import attention_kernel
 from oapl_engine.trainer.batch import StepData, build_step, with_behavior
-from oapl_engine.trainer.model import Policy, load_policy, vocabulary_size
+from oapl_engine.trainer.model import Policy, default_device, load_policy, vocabulary_size
 from oapl_engine.trainer.objective import make_objective, needs_proximal, normalizer
+from oapl_engine.trainer.offload import move_trainer
 from oapl_engine.trainer.optimizer import learning_rate, make_optimizer
+from oapl_engine.trainer.ranks import ALONE, Ranks
 from oapl_engine.trainer.rollout_files import Limits, read_rollouts
 from oapl_engine.trainer.score import score, scored_as
 from oapl_engine.trainer.step import StepResult, train_step
 
 
-def open_learner(recipe: Recipe, model: Model, run_dir: Path, display: Display) -> Learner:
+def open_learner(recipe: Recipe, model: Model, run_dir: Path, display: Display, ranks: Ranks = ALONE) -> Learner:
     """Policy, optimizer and files of a run, as they were at its newest checkpoint. model: with a resolved path."""
     torch.set_num_threads(recipe.run.threads or len(os.sched_getaffinity(0)))
     torch.manual_seed(recipe.run.seed)
     make_objective(recipe.objective, recipe.objective.beta2)  # a wrong name or switch is told before anything is loaded
     display.show_phase("start", f"model {model.path}")
     newest = checkpoint.load_newest(run_dir / "checkpoints")
+    if newest and newest.extra["world"] != ranks.world:
+        raise ConfigError(
+            f"{newest.path} was written by {newest.extra['world']} ranks, now there are {ranks.world}: start torchrun "
+            f"with --nproc-per-node {newest.extra['world']}, or name a new run.dir"
+        )
     policy = checkpoint.resume_policy(newest, model, recipe.train) if newest else load_policy(model, recipe.train)
     optimizer = make_optimizer(policy, recipe.optimizer)
     if newest:
         checkpoint.restore(newest, policy, optimizer)
-    journal = Journal(run_dir / "journal.sqlite")
+    suffix = f".rank{ranks.rank}" if ranks.rank else ""  # what concerns other ranks' rollouts and engines
+    journal = Journal(run_dir / f"journal{suffix}.sqlite")
     return Learner(
-        *(recipe, model, run_dir, policy, optimizer),
-        log=RolloutLog(run_dir / "rollouts" / "rank0.sqlite"),
+        *(recipe, model, run_dir, policy, optimizer, ranks),
+        log=RolloutLog(run_dir / "rollouts" / f"rank{ranks.rank}.sqlite"),
         journal=journal,
-        metrics=MetricsWriter(run_dir, recipe.report),
+        metrics=MetricsWriter(run_dir, recipe.report) if ranks.rank == 0 else None,
         display=display,
         stopwatch=Stopwatch(),
         step=newest.step if newest else 0,
@@ -60,21 +70,24 @@ def open_learner(recipe: Recipe, model: Model, run_dir: Path, display: Display) 
 class Learner:
     """Policy, optimizer and the files that make a step durable. `published`: what the last publish measured.
 
-    position: in the order of prompts, as the checkpoint had it; first_unfinished: the generator's, for the next one."""
+    position: in the order of prompts, as the checkpoint had it; first_unfinished: the generator's, for the next one;
+    before_offload: called while π is still on its device. metrics: None on all ranks but the first."""
 
     recipe: Recipe
     model: Model
     run_dir: Path
     policy: Policy
     optimizer: torch.optim.Optimizer
+    ranks: Ranks
     log: RolloutLog
     journal: Journal
-    metrics: MetricsWriter
+    metrics: MetricsWriter | None
     display: Display
     stopwatch: Stopwatch
     step: int = 0
     position: int = 0
     first_unfinished: Callable[[], int] = lambda: 0
+    before_offload: Callable[[], None] = lambda: None
     version: int = 0
     recorded_rewards: Mapping[str, NDArray[np.float64]] | None = None
     published: dict[str, float | None] = field(default_factory=dict)
@@ -84,10 +97,11 @@ class Learner:
     def handlers(self) -> dict[type, Any]:
         return {
             e.Train: self.train,
-            e.Clear: self.clear,
+            e.Clear: lambda c: self.dispose(c.keys, "cleared"),
+            e.Resample: lambda c: self.dispose(c.keys, "dropped:resampled"),
             e.Checkpoint: self.checkpoint,
             e.LoadTrainer: self.load,
-            e.OffloadTrainer: lambda _: None,
+            e.OffloadTrainer: self.offload,
         }
 
     def import_rollouts(self) -> None:
@@ -106,19 +120,38 @@ class Learner:
             )
         self.recorded_rewards = file.recorded_rewards
         stored = set(self.log.group_keys())
-        for group in file.groups:
+        for group in file.groups[self.ranks.rank :: self.ranks.world]:
             if group.id not in stored:
                 self.log.append(group)
         self.display.say(f"{len(file.groups)} groups from {r.data.path}")
 
     def load(self, _: e.LoadTrainer) -> None:
         """Before a window's first step, while π is still π_vllm: recompute behaviour log-probs if so configured."""
+        self._move(default_device())
         if self.recipe.objective.behavior == "recomputed":
             self.behavior = self._recomputed()
 
+    def offload(self, _: e.OffloadTrainer) -> None:
+        """Leave the device to the engine."""
+        self.before_offload()
+        self.leave_device()
+
+    def leave_device(self) -> None:
+        """Keep the trainer's state in host memory until LoadTrainer."""
+        self._move(torch.device("cpu"))
+
+    def _move(self, device: torch.device) -> None:
+        moved = move_trainer(self.policy, self.optimizer, device)
+        if moved:
+            self.policy.kernel = attention_kernel(
+                self.model.attention if device.type == "cuda" else "sdpa", device, self.policy.matmul_dtype
+            )
+            self.display.show_phase("move", f"{moved / 2**30:.1f} GiB of trainer state to {device.type}")
+
     def train(self, command: e.Train) -> e.StepDone:
         """One optimizer step, journalled before and after."""
-        groups = with_behavior(self.log.groups(command.keys), self.behavior)
+        groups = with_behavior(self._held(command.keys), self.behavior)
+        groups = self.ranks.groups(groups, command.keys) if self.ranks.world > 1 else groups
         self.display.show_phase("train", f"on {len(groups)} groups")
         self.journal.intent(command.step, self.version, command.keys, f"{torch.initial_seed()}")
         with self.stopwatch.measure("train"):
@@ -131,10 +164,19 @@ class Learner:
             self.display.say(f"step {command.step} skipped: {result.reason}")
         used = list(data.keys) if result is not None and result.stepped else []
         self.journal.done(command.step, self.version, command.keys, used, None)
-        row = self.metrics.write(self._row(groups, data, result))
-        self.display.show_step(row)
+        row = self._row(groups, data, result)
+        if self.metrics:
+            self.display.show_step(self.metrics.write(row))
+        ratio = result.metrics["log_ratio_mean"] if result and result.stepped else None
         # The rollouts are samples of π_vllm, so the mean of ln π_vllm - ln π over them estimates KL(π_vllm‖π).
-        return e.StepDone(command.step, None if row["log_ratio_mean"] is None else -row["log_ratio_mean"])
+        return e.StepDone(command.step, None if ratio is None else -ratio)
+
+    def _held(self, keys: Sequence[str]) -> list[Group]:
+        """Of these groups the ones in this rank's log. Alone it must have all: KeyError."""
+        if self.ranks.world == 1:
+            return self.log.groups(keys)
+        stored = set(self.log.group_keys())
+        return self.log.groups(key for key in keys if key in stored)
 
     def _optimize(self, step: int, data: StepData) -> StepResult | None:
         """None where every group was dropped by rule: the step counts, the weights stay."""
@@ -142,7 +184,7 @@ class Learner:
             return None
         r = self.recipe
         objective = make_objective(r.objective, data.beta2)
-        batches = self.policy.batches(list(data.items), r.train.token_budget, r.train.share_prompts)
+        batches = self.policy.batches(self.ranks.share(data.items), r.train.token_budget, r.train.share_prompts)
         if needs_proximal(objective):
             batches = scored_as("proximal_logprob", self.policy, batches, r.sampling.temperature)
         if r.objective.reference_coefficient:
@@ -159,6 +201,7 @@ class Learner:
             entropy_coefficient=r.objective.entropy_coefficient,
             beta2=data.beta2 if r.objective.name in ("oapl", "kimi") else None,
             nonfinite=r.train.nonfinite,
+            ranks=self.ranks,
         )
 
     def _reference(self) -> Policy:
@@ -169,8 +212,13 @@ class Learner:
 
     def _row(self, groups: list[Group], data: StepData, result: StepResult | None) -> dict[str, Any]:
         step_of = dict(self.journal.versions())
-        engine_tokens = self.journal.engine_tokens()
         lags = [self.step - 1 - step_of.get(g.version, 0) for g in groups]
+        own_tokens = self.journal.engine_tokens()
+        accounts = self.ranks.gather_plain(
+            [ledger(self.log, self.journal, own_tokens), own_tokens, sum(n for _, _, n in self.log.tokens())]
+        )
+        columns: Counter[str] = sum((Counter(account[0]) for account in accounts), Counter())
+        engine_tokens = None if own_tokens is None else sum(account[1] for account in accounts)
         return {
             **data.metrics,
             **(result.metrics if result else {}),
@@ -181,29 +229,33 @@ class Learner:
             "lag_min": min(lags),
             "lag_mean": float(np.mean(lags)),
             "lag_max": max(lags),
-            "tokens_generated": sum(n for _, _, n in self.log.tokens()),
+            "tokens_generated": sum(account[2] for account in accounts),
             "engine_tokens": engine_tokens,
-            "ledger": ledger(self.log, self.journal, engine_tokens),
+            "ledger": {**accounts[0][0], **columns},
             "beta2": data.beta2,
             "learning_rate": learning_rate(self.recipe.optimizer, self.step - 1, self.recipe.schedule.steps),
         }
 
-    def clear(self, command: e.Clear) -> None:
-        keys = [r.key for group in self.log.groups(command.keys) for r in group.rollouts if r.status == "scored"]
-        self.journal.dispose(keys, "cleared")
+    def dispose(self, keys: Sequence[str], column: str) -> None:
+        """Groups that will not be trained: their scored rollouts end in this column of the ledger."""
+        scored = [r.key for group in self._held(keys) for r in group.rollouts if r.status == "scored"]
+        self.journal.dispose(scored, column)
 
     def checkpoint(self, command: e.Checkpoint) -> e.CheckpointDone:
         self.display.show_phase("checkpoint", f"step {command.step}")
-        extra = {"position": self.first_unfinished()}
-        checkpoint.save(
-            self.run_dir / "checkpoints", command.step, self.policy, self.optimizer, extra, self.recipe.checkpoint.keep
-        )
+        position = min(self.ranks.gather_plain(self.first_unfinished()))
+        if self.ranks.rank == 0:
+            checkpoint.save(
+                *(self.run_dir / "checkpoints", command.step, self.policy, self.optimizer),
+                *({"position": position, "world": self.ranks.world}, self.recipe.checkpoint.keep),
+            )
         return e.CheckpointDone(command.step)
 
     def _recomputed(self) -> dict[str, NDArray[np.float32]]:
         """Log-probs of all waiting rollouts under π_vllm, kept on disk: after the first step π is no longer π_vllm."""
         published = max((step for _, step in self.journal.versions()), default=0)
-        path = self.run_dir / "behavior" / f"step_{published:06d}.npz"
+        suffix = f".rank{self.ranks.rank}" if self.ranks.rank else ""
+        path = self.run_dir / "behavior" / f"step_{published:06d}{suffix}.npz"
         if path.exists():
             with np.load(path, allow_pickle=False) as stored:
                 return dict(stored)

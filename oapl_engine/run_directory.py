@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import msgspec
 import tomli_w
 
 from oapl_engine.config import ConfigError, Recipe, load_recipe, to_toml
 from oapl_engine.rollout_log.journal import Journal
 from oapl_engine.rollout_log.log import RolloutLog
 from oapl_engine.scheduler import core
+from oapl_engine.trainer.ranks import ALONE, Ranks
 
 FREE = (("run", "dir"), ("run", "threads"), ("report", "tensorboard"), ("report", "wandb"))  # may change on resume
-UNUSABLE = ("cleared", "lost", "dropped:group_too_small")
+UNUSABLE = ("cleared", "lost", "dropped:group_too_small", "dropped:resampled")
 
 
-def open_run(recipe: Recipe) -> tuple[Path, IO[str]]:
-    """The directory, and the lock to hold while the run lives. ConfigError also where another recipe ran."""
+@contextmanager
+def open_run(recipe: Recipe) -> Iterator[Path]:
+    """The directory, locked while the run lives. ConfigError also where another recipe ran."""
     path = Path(recipe.run.dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -32,10 +38,11 @@ def open_run(recipe: Recipe) -> tuple[Path, IO[str]]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ConfigError(f"run.dir = {path}: another process runs there now; wait for it, or name another") from error
-    stored = path / "config.toml"
-    if stored.exists():
-        _check_same(load_recipe(stored), recipe, path)
-    return path, lock
+    with lock:
+        stored = path / "config.toml"
+        if stored.exists():
+            _check_same(load_recipe(stored), recipe, path)
+        yield path
 
 
 def keep_recipe(recipe: Recipe, path: Path) -> None:
@@ -59,38 +66,50 @@ def _check_same(stored: Recipe, given: Recipe, path: Path) -> None:
                 )
 
 
-def resume_state(settings: core.Settings, step: int, log: RolloutLog, journal: Journal, evaluated: int) -> core.State:
+def resume_state(
+    settings: core.Settings, step: int, log: RolloutLog, journal: Journal, evaluated: int, ranks: Ranks = ALONE
+) -> core.State:
     """The scheduler's state after a kill: `step` is that of the checkpoint that was loaded (0: none).
 
-    Steps that were begun after the checkpoint are replayed with the same groups; what the log holds beyond them waits.
+    Steps that were begun after the checkpoint are replayed with the same groups; what the logs of all ranks hold beyond
+    them waits. Rank 0's journal alone says what was consumed.
     """
-    steps = journal.steps()
-    versions = tuple((v, s) for v, s in journal.versions())
+    own = {"steps": [(s.step, s.groups) for s in journal.steps()], "versions": journal.versions()}
+    own["usable"] = _usable(log, journal)
+    everyone = [msgspec.msgpack.decode(report) for report in ranks.gather(msgspec.msgpack.encode(own))]
+    steps = [(number, tuple(groups)) for number, groups in everyone[0]["steps"]]
+    versions = tuple((v, s) for v, s in everyone[0]["versions"])
+    in_turn = [pair for turn in itertools.zip_longest(*(r["usable"] for r in everyone)) for pair in turn if pair]
     return core.State(
         settings,
         step=step,
         next_version=1 + max((v for v, _ in versions), default=-1),
         published_step=max((s for _, s in versions), default=0),
-        version_steps=versions,
-        buffer=_waiting(settings, log, journal),
-        replay=tuple(s.groups for s in steps if s.step > step),
+        version_steps=core.in_window(versions, settings.window),
+        buffer=core.Buffer(_waiting(in_turn, steps, settings.allowance)),
+        replay=tuple(groups for number, groups in steps if number > step),
         evaluated=evaluated,
         checkpointed=step,
     )
 
 
-def _waiting(settings: core.Settings, log: RolloutLog, journal: Journal) -> tuple[core.Waiting, ...]:
-    """The buffer after the journal's steps, in the order that an uninterrupted run would have it in."""
+def _usable(log: RolloutLog, journal: Journal) -> list[tuple[str, int]]:
+    """(id, version) of the log's groups that may be trained, in order of arrival."""
     disposed = journal.dispositions()
-    waiting = {}
-    for group in map(log.group, log.group_keys()):
-        if sum(disposed.get(r.key) not in UNUSABLE for r in group.scored()) >= 2:
-            waiting[group.id] = core.Waiting(group.id, group.version)
-    for done in journal.steps():
-        for used in [waiting.pop(key) for key in done.groups if key in waiting]:
-            if used.uses + 1 < settings.allowance:
+    groups = map(log.group, log.group_keys())
+    return [(g.id, g.version) for g in groups if sum(disposed.get(r.key) not in UNUSABLE for r in g.scored()) >= 2]
+
+
+def _waiting(
+    usable: list[tuple[str, int]], steps: list[tuple[int, tuple[str, ...]]], allowance: int
+) -> Iterable[core.Waiting]:
+    """The buffer after the journal's steps, in the order that an uninterrupted run would have it in."""
+    waiting = {key: core.Waiting(key, version) for key, version in usable}
+    for _, groups in steps:
+        for used in [waiting.pop(key) for key in groups if key in waiting]:
+            if used.uses + 1 < allowance:
                 waiting[used.key] = dataclasses.replace(used, uses=used.uses + 1)
-    return tuple(waiting.values())
+    return waiting.values()
 
 
 def read_evaluations(run_dir: str | Path) -> dict[int, dict[str, Any]]:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from oapl_engine.config import ConfigError, Recipe
+from oapl_engine.config import Recipe
 from oapl_engine.data.model_folder import resolve_model
 from oapl_engine.evaluation.evaluate import compare, read_problems
 from oapl_engine.generator import open_generator
@@ -20,23 +20,24 @@ from oapl_engine.report.display import Display
 from oapl_engine.run_directory import keep_recipe, open_run, read_evaluations, resume_state
 from oapl_engine.scheduler import driver
 from oapl_engine.scheduler import events as e
+from oapl_engine.scheduler.agree import listener
 from oapl_engine.scheduler.core import settings_of
+from oapl_engine.trainer.ranks import join_ranks
 
 
 def run_recipe(recipe: Recipe) -> int:
     """Train by a recipe, or go on where a killed run stopped. Returns the exit code; raises ConfigError."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: this version trains on one rank; use --nproc-per-node 1"
-        )
     inbox: queue.SimpleQueue[e.Event] = queue.SimpleQueue()
+    ranks = join_ranks()
+    first = ranks.rank == 0
     with ExitStack() as rooms:
-        run_dir, lock = open_run(recipe)
-        rooms.callback(lock.close)
-        display = Display(recipe.schedule.steps, recipe.schedule.lag)
+        run_dir = rooms.enter_context(open_run(recipe)) if first else Path(recipe.run.dir)
+        path = ranks.gather_plain(str(resolve_model(recipe.model.path)) if first else "")[
+            0
+        ]  # made once, then used by all
+        display = Display(recipe.schedule.steps, recipe.schedule.lag, silent=not first)
         rooms.callback(display.close)
-        model = replace(recipe.model, path=str(resolve_model(recipe.model.path)))
-        learner = open_learner(recipe, model, run_dir, display)
+        learner = open_learner(recipe, replace(recipe.model, path=path), run_dir, display, ranks)
         rooms.callback(learner.journal.close)
         rooms.callback(learner.log.close)
         handlers, generator = learner.handlers(), None
@@ -47,13 +48,16 @@ def run_recipe(recipe: Recipe) -> int:
         else:
             generator = rooms.enter_context(open_generator(learner, inbox))
             handlers |= generator.handlers()
-        keep_recipe(recipe, run_dir)
         evaluated = max(read_evaluations(run_dir), default=-1)
-        state = resume_state(settings_of(recipe), learner.step, learner.log, learner.journal, evaluated)
-        state, code = driver.drive(state, inbox, handlers, run_dir / "events.jsonl")
+        settings = settings_of(recipe, engines=ranks.world)
+        state = resume_state(settings, learner.step, learner.log, learner.journal, evaluated, ranks)
+        if first:
+            keep_recipe(recipe, run_dir)
+        record = run_dir / "events.jsonl" if first else None
+        state, code = driver.drive(state, inbox, handlers, record, listener(ranks) if ranks.world > 1 else None)
         if generator and generator.failure:
             raise generator.failure
-    if code == 0:
+    if code == 0 and first:
         print(summary(recipe, state.step), flush=True)
     return code
 

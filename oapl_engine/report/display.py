@@ -16,18 +16,16 @@ PLAIN_EVERY_SECONDS = 5.0
 class Display:
     """Shows phase, step, reward, lag, tokens/s and the time left. Everything goes to stderr; stdout is for results."""
 
-    def __init__(self, steps: int, window: int = 1, live: bool | None = None):
+    def __init__(self, steps: int, window: int = 1, live: bool | None = None, silent: bool = False):
         self.steps, self.window = steps, window
         self.phase, self.detail, self.last_plain = "starting", "", 0.0
         self.row: dict[str, Any] = {}
         self.step_seconds: list[float] = []
-        self.console = Console(stderr=True, highlight=False)
-        self.live = Live(console=self.console, refresh_per_second=4) if self._wants_live(live) else None
+        self.console = Console(stderr=True, highlight=False, quiet=silent)
+        wants_live = self.console.is_terminal if live is None else live
+        self.live = Live(console=self.console, refresh_per_second=4) if wants_live and not silent else None
         if self.live:
             self.live.start()
-
-    def _wants_live(self, live: bool | None) -> bool:
-        return self.console.is_terminal if live is None else live
 
     def say(self, text: str) -> None:
         """A line that stays."""

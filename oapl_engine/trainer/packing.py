@@ -80,20 +80,25 @@ def _row_count(part: Item, share_prompts: bool) -> int:
 
 
 def _balance(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of `sizes` in as few bins as the budget allows, largest first into the emptiest bin."""
+    """Indices of `sizes` in as few bins as the budget allows."""
     count = max(1, math.ceil(sum(sizes) / budget))
-    largest_first = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
     while sizes:
-        bins: list[list[int]] = [[] for _ in range(count)]
-        loads = [(0, b) for b in range(count)]
-        for i in largest_first:
-            load, b = heapq.heappop(loads)
-            bins[b].append(i)
-            heapq.heappush(loads, (load + sizes[i], b))
-        if all(load <= budget or len(bins[b]) == 1 for load, b in loads):
-            return sorted(sorted(chosen) for chosen in bins if chosen)
+        bins = balance(sizes, count)
+        if all(len(chosen) == 1 or sum(sizes[i] for i in chosen) <= budget for chosen in bins):
+            return sorted(chosen for chosen in bins if chosen)
         count += 1
     return []
+
+
+def balance(sizes: Sequence[int], bins: int) -> list[list[int]]:
+    """Indices of `sizes` in `bins` bins of nearly equal sums, largest first into the emptiest; each bin in order."""
+    heap = [(0, b) for b in range(bins)]
+    chosen: list[list[int]] = [[] for _ in range(bins)]
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        load, b = heapq.heappop(heap)
+        chosen[b].append(i)
+        heapq.heappush(heap, (load + sizes[i], b))
+    return [sorted(indices) for indices in chosen]
 
 
 def _batch(parts: Sequence[Item], share_prompts: bool) -> Batch:

@@ -14,6 +14,7 @@ from oapl_engine.config import RunError
 from oapl_engine.samples import Batch
 from oapl_engine.trainer.head import policy_loss
 from oapl_engine.trainer.model import Policy
+from oapl_engine.trainer.ranks import ALONE, Ranks
 
 
 class NonFiniteError(RunError):
@@ -45,24 +46,18 @@ def train_step(
     entropy_coefficient: float = 0.0,
     beta2: float | None = None,
     nonfinite: str = "stop",
+    ranks: Ranks = ALONE,
 ) -> StepResult:
     """One optimizer step over all micro-batches: the gradient is that of the summed loss / normalizer, exactly.
 
-    normalizer: sequences (or what the objective divides by) of the whole step on all ranks; beta2: of a squared
-    residual (oapl, kimi), for `residual_mean`. A non-finite number raises NonFiniteError before the weights change, or
-    with nonfinite="skip" gives a result that says so; gradients are cleared either way.
+    batches: this rank's, none at all included; the gradient is summed over the ranks. normalizer: sequences (or what
+    the objective divides by) of the whole step on all ranks; beta2: of a squared residual (oapl, kimi), for
+    `residual_mean`. A non-finite number raises NonFiniteError before the weights change, or with nonfinite="skip" gives
+    a result that says so; gradients are cleared either way.
     """
+    how = {"normalizer": normalizer, "temperature": temperature, "entropy_coefficient": entropy_coefficient}
     try:
-        _check_inputs(batches)
-        losses = accumulate_gradients(
-            policy,
-            batches,
-            objective,
-            normalizer=normalizer,
-            temperature=temperature,
-            entropy_coefficient=entropy_coefficient,
-        )
-        _check_losses(batches, losses)
+        losses = _checked_gradients(policy, batches, objective, how, ranks)
         norm = _check_gradients(policy, batches)
     except NonFiniteError as error:
         optimizer.zero_grad(set_to_none=False)
@@ -75,7 +70,39 @@ def train_step(
     optimizer.step()
     # Kept, not freed: on CPU fresh memory costs more in page faults than the zeroing.
     optimizer.zero_grad(set_to_none=False)
-    return StepResult(True, None, _metrics(batches, losses, float(norm), beta2))
+    return StepResult(True, None, _metrics(batches, losses, float(norm), beta2, ranks))
+
+
+def _checked_gradients(
+    policy: Policy, batches: Sequence[Batch], objective: Objective, how: dict[str, float], ranks: Ranks
+) -> list[PolicyLoss]:
+    """The micro-batches' losses; every .grad is the whole step's. What one rank finds not finite, all refuse."""
+    losses: list[PolicyLoss] = []
+    problem = None
+    try:
+        _check_inputs(batches)
+        losses = accumulate_gradients(policy, batches, objective, **how)
+        _check_losses(batches, losses)
+    except NonFiniteError as error:
+        problem = str(error)
+    problems = [found for found in ranks.gather_plain(problem) if found]
+    if problems:
+        raise NonFiniteError(problems[0])
+    sum_gradients(policy, ranks)
+    return losses
+
+
+def sum_gradients(policy: Policy, ranks: Ranks) -> None:
+    """Add up .grad over the ranks. A rank without micro-batches gives zeros; what nobody has stays None."""
+    if ranks.world == 1:
+        return
+    parameters = list(policy.trainable().values())
+    present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64)
+    ranks.sum_([present])
+    for parameter, count in zip(parameters, present.tolist(), strict=True):
+        if count and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    ranks.sum_(p.grad for p in parameters if p.grad is not None)
 
 
 def accumulate_gradients(
@@ -145,26 +172,29 @@ def _clip(policy: Policy, norm: Tensor, clip_norm: float) -> None:
 
 
 def _metrics(
-    batches: Sequence[Batch], losses: Sequence[PolicyLoss], norm: float, beta2: float | None
+    batches: Sequence[Batch], losses: Sequence[PolicyLoss], norm: float, beta2: float | None, ranks: Ranks
 ) -> dict[str, float | None]:
-    pairs = list(zip(batches, losses, strict=True))
-    log_ratio = np.concatenate([loss.logprob.double().cpu().numpy() - b.behavior_logprob[b.rows] for b, loss in pairs])
-    entropy = torch.cat([loss.entropy.double().cpu() for loss in losses])
-    sums = np.add.reduceat(log_ratio, _starts(batches))
-    advantage = np.concatenate([batch.advantage for batch in batches])
+    own = [_sums(batch, loss, beta2 or 0.0) for batch, loss in zip(batches, losses, strict=True)]
+    sums = np.array([part for parts in ranks.gather_plain(own) for part in parts])
+    loss, tokens, ratio, square, entropy, sequences, residual, _ = sums.sum(0)
+    mean = ratio / tokens
     metrics = {
-        "loss": sum(float(loss.loss) for loss in losses),
-        "residual_mean": None if beta2 is None else float(np.mean(beta2 * sums - advantage)),
-        "entropy": float(entropy.mean()),
+        "loss": loss,
+        "residual_mean": None if beta2 is None else residual / sequences,
+        "entropy": entropy / tokens,
         "grad_norm": norm,
-        "log_ratio_mean": float(log_ratio.mean()),
-        "log_ratio_std": float(log_ratio.std()),
-        "log_ratio_max": float(np.abs(log_ratio).max()),
-        "tokens_trained": float(len(log_ratio)),
+        "log_ratio_mean": mean,
+        "log_ratio_std": np.sqrt(max(0.0, square / tokens - mean**2)),
+        "log_ratio_max": sums[:, -1].max(),
+        "tokens_trained": tokens,
     }
-    return {name: value if value is not None and np.isfinite(value) else None for name, value in metrics.items()}
+    return {name: float(v) if v is not None and np.isfinite(v) else None for name, v in metrics.items()}
 
 
-def _starts(batches: Sequence[Batch]) -> np.ndarray:
-    lengths = np.concatenate([np.diff(batch.cu_seqlens) for batch in batches])
-    return np.cumsum(lengths) - lengths
+def _sums(batch: Batch, loss: PolicyLoss, beta2: float) -> list[float]:
+    """Of a micro-batch: loss, tokens, log-ratio, its square, entropy, sequences, residual; and the largest |ratio|."""
+    log_ratio = loss.logprob.double().cpu().numpy() - batch.behavior_logprob[batch.rows]
+    residual = beta2 * np.add.reduceat(log_ratio, batch.cu_seqlens[:-1]) - batch.advantage
+    entropy = loss.entropy.double().sum()
+    sums = (loss.loss, len(log_ratio), log_ratio.sum(), (log_ratio**2).sum(), entropy, len(residual), residual.sum())
+    return [float(value) for value in (*sums, np.abs(log_ratio).max())]

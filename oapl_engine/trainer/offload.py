@@ -1,0 +1,39 @@
+"""The trainer's state between its device and host memory: in phased mode it takes turns there with the engine.
+
+Master weights, buffers and the optimizer's moments move; gradients are zero between steps, so they are freed instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from oapl_engine.trainer.model import Policy
+
+Mover = Callable[[Tensor, torch.device], Tensor]
+
+
+def move_trainer(policy: Policy, optimizer: torch.optim.Optimizer, device: torch.device, to: Mover = Tensor.to) -> int:
+    """Move all of it to `device`, where the policy then computes; returns the bytes that moved, 0 if it is there.
+
+    Parameters keep their identity (optimizer, tied weights, compiled layers).
+    """
+    if policy.device == device:
+        return 0
+    moved = 0
+    for tensor in (*policy.model.parameters(), *policy.model.buffers()):
+        tensor.grad = None
+        tensor.data = to(tensor.data, device)
+        moved += tensor.nbytes
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.dim():  # step counts are scalars: they stay
+                state[name] = to(value, device)
+                moved += value.nbytes
+    if policy.device.type == "cuda":
+        torch.cuda.synchronize(policy.device)
+        torch.cuda.empty_cache()  # else the engine could not map what we no longer use
+    policy.device = device
+    return moved
