@@ -6,13 +6,33 @@ from pathlib import Path
 from oapl_engine.weights.receiver.extension import WeightReport
 
 
+def fault():
+    """What the file named by OAPL_TEST_FAULT asks for."""
+    path = Path(os.environ["OAPL_TEST_FAULT"])
+    return path.read_text() if path.exists() else ""
+
+
+def keep_caches_when_asked():
+    """vLLM's pause_generation, and the fault "prefix cache kept" in it."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    pause = AsyncLLM.pause_generation
+
+    async def faulty(self, *, mode="abort", clear_cache=True):
+        await pause(self, mode=mode, clear_cache=clear_cache and fault() != "prefix cache kept")
+
+    AsyncLLM.pause_generation = faulty
+
+
+keep_caches_when_asked()
+
+
 class Faulty(WeightReport):
     """At the start of an update: what the file named by OAPL_TEST_FAULT asks for."""
 
     def abandon_weight_update(self):
         super().abandon_weight_update()
-        fault = Path(os.environ["OAPL_TEST_FAULT"])
-        what = fault.read_text() if fault.exists() else ""
+        what = fault()
         model = self.model_runner.model
         update = self.weight_transfer_engine.update
         if what == "stale head":

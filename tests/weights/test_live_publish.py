@@ -1,5 +1,6 @@
 """Publishes into one live vLLM engine: complete, exact, in place, and refused where they are not."""
 
+import copy
 import threading
 
 import numpy as np
@@ -169,3 +170,52 @@ def test_a_sample_that_is_kept_across_a_publish_carries_the_spans_of_both_versio
         tokens = [5, 6, 7, *np.frombuffer(sample.token_ids, "<i4").tolist()]
         now = rig.logprobs([tokens])[0][2:]
         assert np.abs(now - np.frombuffer(sample.logprobs, "<f4"))[cut:].max() <= 5e-4
+
+
+@pytest.mark.parametrize("mode", ["drain", "abort", "keep"])
+def test_requests_in_flight_carry_the_version_that_each_token_was_sampled_under(rig, mode):
+    """Four samples run when the publish begins, one arrives in the middle of it."""
+    old, before = rig.version, copy.deepcopy(rig.model)
+    running, late = [], []
+
+    async def generate(into, prompt, n):
+        how = Sampling(max_new_tokens=110, ignore_stops=True)
+        into.extend([(prompt, s) async for s in rig.engine.client.generate(prompt, n, how)])
+
+    def begin(into, prompt, n):
+        thread = threading.Thread(target=lambda: rig.collector.call(generate(into, prompt, n)))
+        thread.start()
+        return thread
+
+    threads = [begin(running, [5, 6, 7], 4)]
+    while rig.collector.call(rig.engine.client.counters())["samples_running"] < 4:
+        pass
+    rig.corrupt = lambda payload: threads.append(begin(late, [8, 9], 1)) if len(threads) == 1 else None
+    rig.change()
+    rig.publisher.on_publish = mode
+    rig.publish()
+    rig.publisher.on_publish = "drain"
+    for thread in threads:
+        thread.join()
+    assert len(running) == 4
+    assert [s.spans for _, s in late] == [((rig.version, 0, 110),)]
+    for prompt, sample in running + late:
+        tokens = [*prompt, *np.frombuffer(sample.token_ids, "<i4").tolist()]
+        assert sample.finish == ("abort" if mode == "abort" and (prompt, sample) in running else "length")
+        ends = [end for _, _, end in sample.spans]
+        assert [start for _, start, _ in sample.spans] == [0, *ends[:-1]][: len(ends)]
+        assert (ends or [0])[-1] == len(tokens) - len(prompt), "every token is in one span"
+        for version, start, end in sample.spans:
+            with torch.no_grad():
+                logits = (before if version == old else rig.model)(torch.tensor([tokens])).logits[
+                    0, len(prompt) - 1 : -1
+                ]
+            expected = logits.log_softmax(-1)[range(len(logits)), tokens[len(prompt) :]].numpy()
+            gap = np.abs(expected - np.frombuffer(sample.logprobs, "<f4"))[start:end]
+            assert gap.max(initial=0) <= 5e-4
+    if mode == "keep":
+        assert {len(s.spans) for _, s in running} == {2}
+    elif mode == "drain":
+        assert {s.spans for _, s in running} == {((old, 0, 110),)}
+    else:
+        assert all(len(s.token_ids) < 4 * 110 for _, s in running)
