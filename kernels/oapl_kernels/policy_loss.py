@@ -122,7 +122,7 @@ class _SinglePass:
         self.trained = torch.as_tensor(self.inputs.mask)
         self.logprob = torch.where(self.trained, self.inputs.behavior_logprob, 0).to(self.head.dtype)
         self.entropy = torch.zeros_like(self.logprob)
-        self.loss = self.logprob.new_zeros(())
+        self.loss = self.logprob.new_zeros((), dtype=torch.float64)  # parts may cancel
         self.want_weight = self.main.weight is not None or self.main.bias is not None
         self.differentiate = self.want_weight or self.hidden_gradient is not None
         self.entropy_row = None
@@ -144,7 +144,7 @@ class _SinglePass:
             else:
                 self._known(chunk, sequence, part, logits, stats)
         if self.entropy_row is not None:
-            self.loss += (self.entropy_row * self.entropy).sum()
+            self.loss += (self.entropy_row.double() * self.entropy).sum()
         self.main.finish()
 
     def _evaluate(
@@ -153,7 +153,7 @@ class _SinglePass:
         loss, derivative = evaluate(functions, self.logprob[sequence], part, self.differentiate)
         if derivative is not None:
             derivative = torch.where(self.trained[sequence], derivative, 0).to(self.head.dtype) / self.normalizer
-        return loss.to(self.head.dtype) / self.normalizer, derivative
+        return loss.double() / self.normalizer, derivative
 
     def _known(self, chunk: Chunk, sequence: slice, part: PolicyInputs, logits: Tensor, stats: Tensor) -> None:
         """Whole sequences, or a piece under a token objective: there the derivative at the piece's own tokens does
@@ -263,7 +263,7 @@ class _FusedPolicyLoss(torch.autograd.Function):
         ctx.added = given is not None
         ctx.mark_non_differentiable(single.logprob, single.entropy)
         ctx.set_materialize_grads(False)
-        return single.loss, single.logprob, single.entropy
+        return single.loss.to(head.dtype), single.logprob, single.entropy
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:

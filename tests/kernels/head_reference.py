@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
-from oapl_kernels import Objective, PolicyInputs, fused_policy_loss
+from oapl_kernels import Objective, PolicyInputs, fused_policy_loss, linear_logprob
 from oapl_kernels.backend import extension
 from torch import Tensor
 
@@ -67,6 +67,32 @@ def make_case(
     return Case(hidden, weight, bias, target, offsets, inputs, objective, **options).to(dtype)
 
 
+# T, D and V multiples of nothing; every case is run on every backend in fp32 and bf16, with chunks of 16 tokens.
+ODD = {
+    "one token": {"lengths": [1]},
+    "smallest head": {"lengths": [1, 2], "depth": 1, "vocabulary": 2},
+    "tokens alone": {"lengths": [1] * 23, "depth": 7, "vocabulary": 61},
+    "more than four chunks": {"lengths": [3, 71, 8, 2]},
+    "wider than a block": {"lengths": [19], "depth": 13, "vocabulary": 4999},
+    "temperature 0.1": {"lengths": [5, 40], "temperature": 0.1},
+    "temperature 10": {"lengths": [5, 40], "temperature": 10.0},
+    "softcap": {"lengths": [5, 40], "softcap": 3.0, "temperature": 0.7, "entropy_coefficient": 0.02},
+    "logits of 1e4": {"lengths": [5, 40]},
+    "all masked": {"lengths": [4, 40, 3]},
+}
+
+
+def odd_case(name: str, objective: Objective, seed: int, dtype: torch.dtype) -> Case:
+    options = dict(ODD[name])
+    case = make_case(objective, options.pop("lengths"), seed, dtype, **options)
+    if name == "logits of 1e4":
+        case = replace(case, hidden=case.hidden * 1e4)
+        assert (case.hidden @ case.weight.T).abs().max() > 1e4
+    if name == "all masked":
+        case = replace(case, inputs=replace(case.inputs, mask=torch.zeros_like(case.inputs.mask)))
+    return case
+
+
 def plain_autograd(case: Case) -> dict[str, Tensor]:
     """Loss, log-probs, entropies and gradients as torch computes them, in the case's own dtype."""
     hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
@@ -111,24 +137,52 @@ def fused(case: Case, **options) -> dict[str, Tensor]:
     return values if bias is None else values | {"bias": bias.grad}
 
 
+def through_logprob(case: Case, **options) -> dict[str, Tensor]:
+    """The same from linear_logprob and ordinary autograd."""
+    hidden, weight, bias = (t.clone().requires_grad_() for t in (case.hidden, case.weight, case.bias))
+    keywords = {"bias": bias, "temperature": case.temperature, "softcap": case.softcap, "return_entropy": True}
+    logprob, entropy = linear_logprob(hidden, weight, case.target, **keywords, **options)
+    inputs = replace(case.inputs, cu_seqlens=case.cu_seqlens)
+    loss = case.objective.fn(logprob, inputs) - case.entropy_coefficient * (entropy * inputs.mask).sum()
+    loss = loss / case.normalizer
+    loss.backward()
+    values = {"loss": loss.detach(), "logprob": logprob.detach(), "entropy": entropy.detach()}
+    return values | {"hidden": hidden.grad, "weight": weight.grad, "bias": bias.grad}
+
+
 def relative_error(value: Tensor, exact: Tensor) -> float:
     """Norm of the difference over the norm of the exact value."""
     return float((value.double() - exact).norm() / exact.norm().clamp_min(1e-300))
 
 
-def errors(values: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    assert values.keys() == exact.keys()
-    return {name: relative_error(values[name], exact[name]) for name in exact}
-
-
 HALF = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
 
-def assert_within_twice(ours, theirs, dtype):
-    """ours and theirs: lists of error dicts over seeds. A result rounded once to its dtype is always allowed."""
-    result = {torch.bfloat16: HALF[dtype], torch.float16: HALF[dtype]}.get(dtype, 16 * HALF[dtype])
-    for name in ours[0]:
-        allowed = result if name in ("hidden", "weight", "bias") else 64 * HALF[torch.float32]
-        allowed = 128 * HALF[dtype] if dtype == torch.float64 else allowed
-        mean = [sum(e[name] ** 2 for e in runs) ** 0.5 for runs in (ours, theirs)]
-        assert mean[0] <= max(2 * mean[1], allowed), f"{name}: {mean[0]:.2e}, torch's own {mean[1]:.2e}"
+def compare(function, make, dtype, **options):
+    """function (`fused` or `through_logprob`) of make(seed) against float64: at most twice the error of torch's own
+    path over all seeds together, or the last digit of the result's dtype. What three seeds deny by chance, as they may
+    of a scalar whose terms cancel, forty decide."""
+    results = {"exact": [], "ours": [], "torch's own": []}
+    for seed in range(40):
+        case = make(seed)
+        results["exact"].append(plain_autograd(case.to(torch.float64)))
+        results["ours"].append(function(case, chunk_tokens=16, **options))
+        results["torch's own"].append(plain_autograd(case))
+        assert results["ours"][seed].keys() == results["exact"][seed].keys()
+        if seed == 2 and not beyond_twice(results, dtype):
+            return
+    failures = beyond_twice(results, dtype)
+    assert not failures, failures
+
+
+def beyond_twice(results, dtype) -> list[str]:
+    found = []
+    for name in results["exact"][0]:
+        exact, ours, theirs = (torch.cat([r[name].flatten() for r in runs]).double() for runs in results.values())
+        mine, own = relative_error(ours, exact), relative_error(theirs, exact)
+        last_digit = 2 * HALF[dtype if name in ("hidden", "weight", "bias") else torch.float32]
+        last_digit *= 2 if name == "entropy" else 1  # a difference, ln sum minus mean
+        last_digit = 128 * HALF[dtype] if dtype == torch.float64 else last_digit
+        if not mine <= max(2 * own, last_digit):
+            found.append(f"{name}: {mine:.2e}, torch's own {own:.2e}")
+    return found

@@ -1,23 +1,12 @@
 import pytest
 import torch
-from head_reference import CPU, assert_within_twice, errors, make_case, plain_autograd
+from head_reference import CPU, ODD, compare, make_case, odd_case, through_logprob
 from oapl_kernels import Objective, linear_logprob
+from oapl_kernels.objectives import oapl
 
 from benchmarks.kernels import Products
 
 WEIGHTED = Objective("weighted", "token", lambda lp, i: (lp * i.behavior_logprob * i.mask).sum())
-
-
-def through_logprob(case, **options):
-    """The loss of case.objective and entropy, through linear_logprob and ordinary autograd."""
-    hidden, weight, bias = (t.clone().requires_grad_() for t in (case.hidden, case.weight, case.bias))
-    keywords = {"bias": bias, "temperature": case.temperature, "softcap": case.softcap, "return_entropy": True}
-    logprob, entropy = linear_logprob(hidden, weight, case.target, **keywords, **options)
-    loss = case.objective.fn(logprob, case.inputs) - case.entropy_coefficient * (entropy * case.inputs.mask).sum()
-    loss = loss / case.normalizer
-    loss.backward()
-    values = {"loss": loss.detach(), "logprob": logprob.detach(), "entropy": entropy.detach()}
-    return values | {"hidden": hidden.grad, "weight": weight.grad, "bias": bias.grad}
 
 
 @pytest.mark.parametrize("backend", ["torch", CPU])
@@ -27,14 +16,15 @@ def through_logprob(case, **options):
 def test_error_is_at_most_twice_that_of_torch(dtype, softcap, entropy_coefficient, backend):
     if backend == "cpu" and dtype == torch.float64:
         pytest.skip("float64 runs on the torch backend alone")
-    ours, theirs = [], []
-    for seed in range(3):
-        options = {"softcap": softcap, "temperature": 1.3, "entropy_coefficient": entropy_coefficient}
-        case = make_case(WEIGHTED, [83], seed, dtype, **options)
-        exact = plain_autograd(case.to(torch.float64))
-        ours.append(errors(through_logprob(case, chunk_tokens=16, backend=backend), exact))
-        theirs.append(errors(plain_autograd(case), exact))
-    assert_within_twice(ours, theirs, dtype)
+    options = {"softcap": softcap, "temperature": 1.3, "entropy_coefficient": entropy_coefficient}
+    compare(through_logprob, lambda seed: make_case(WEIGHTED, [83], seed, dtype, **options), dtype, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["torch", CPU])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ODD)
+def test_odd_cases(name, dtype, backend):
+    compare(through_logprob, lambda seed: odd_case(name, oapl(0.05), seed, dtype), dtype, backend=backend)
 
 
 def test_ignored_tokens_are_zero_and_without_gradient():

@@ -6,13 +6,14 @@ import pytest
 import torch
 from head_reference import (
     CPU,
-    assert_within_twice,
-    errors,
+    ODD,
     fused,
     make_case,
+    odd_case,
     plain_autograd,
     relative_error,
 )
+from head_reference import compare as compare_cases
 from oapl_kernels import Objective, PolicyInputs, fused_policy_loss, head, matmul, oapl_loss
 from oapl_kernels.objectives import OBJECTIVES, grpo, gspo, oapl, tis, with_reference_kl
 
@@ -26,14 +27,8 @@ LENGTHS = {
 CHUNK = 16
 
 
-def compare(objective, lengths, dtype, chunk_tokens=CHUNK, backend="torch", seeds=3, **options):
-    ours, theirs = [], []
-    for seed in range(seeds):
-        case = make_case(objective, lengths, seed, dtype, **options)
-        exact = plain_autograd(case.to(torch.float64))
-        ours.append(errors(fused(case, chunk_tokens=chunk_tokens, backend=backend), exact))
-        theirs.append(errors(plain_autograd(case), exact))
-    assert_within_twice(ours, theirs, dtype)
+def compare(objective, lengths, dtype, backend="torch", **options):
+    compare_cases(fused, lambda seed: make_case(objective, lengths, seed, dtype, **options), dtype, backend=backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -49,6 +44,14 @@ def test_error_is_at_most_twice_that_of_torch(objective, lengths, dtype, entropy
     compare(objective, lengths, dtype, backend=backend, entropy_coefficient=entropy_coefficient)
 
 
+@pytest.mark.parametrize("backend", ["torch", CPU])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("objective", [oapl(0.05), grpo()], ids=lambda objective: objective.name)
+@pytest.mark.parametrize("name", ODD)
+def test_odd_cases(name, objective, dtype, backend):
+    compare_cases(fused, lambda seed: odd_case(name, objective, seed, dtype), dtype, backend=backend)
+
+
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 @pytest.mark.parametrize("lengths", [LENGTHS["whole"], LENGTHS["long"]], ids=["whole", "long"])
 def test_every_objective_of_the_table(name, lengths):
@@ -60,10 +63,7 @@ def test_every_objective_of_the_table(name, lengths):
 @pytest.mark.parametrize(("temperature", "softcap"), [(0.1, None), (10.0, None), (0.7, 3.0)])
 @pytest.mark.parametrize("backend", ["torch", CPU])
 def test_temperature_and_softcap(objective, temperature, softcap, backend):
-    # At temperature 0.1 the log-probs are near -100 and their roundings move the ratios: take more seeds.
-    compare(
-        objective, LENGTHS["long"], torch.float32, backend=backend, seeds=9, temperature=temperature, softcap=softcap
-    )
+    compare(objective, LENGTHS["long"], torch.float32, backend=backend, temperature=temperature, softcap=softcap)
 
 
 @pytest.mark.parametrize("backend", ["torch", CPU])
@@ -117,19 +117,6 @@ def test_a_deferred_sequence_waits_as_rows_or_as_one_accumulator(length, monkeyp
     assert made == ["rows" if length <= 64 else "sums"]
     for name, value in whole.items():
         torch.testing.assert_close(deferred[name], value, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("backend", ["torch", CPU])
-def test_logits_of_ten_thousand_stay_exact(backend):
-    case = make_case(oapl(0.05), LENGTHS["whole"], 0, torch.float32)
-    case = replace(case, hidden=case.hidden * 1e4)
-    exact = plain_autograd(case.to(torch.float64))
-    z = case.hidden.double() @ case.weight.double().T
-    assert z.abs().max() > 1e4
-    ours, theirs = errors(fused(case, backend=backend), exact), errors(plain_autograd(case), exact)
-    assert ours["hidden"] <= 2 * theirs["hidden"]
-    assert ours["weight"] <= 2 * theirs["weight"]
-    assert relative_error(fused(case, backend=backend)["logprob"], exact["logprob"]) < 1e-6
 
 
 def test_everything_masked_gives_no_gradient_and_the_constant_loss():
