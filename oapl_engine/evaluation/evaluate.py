@@ -18,6 +18,7 @@ TokenIds = Sequence[int]
 Generate = Callable[[Sequence[Prompt], int, float], Sequence[Sequence[TokenIds]]]
 Verify = Callable[[Sequence[tuple[Prompt, TokenIds]]], Sequence[Verdict]]
 ABOUT = ("step", "version", "task", "seed", "n", "temperature")
+COLUMNS = ("step", "version", "task", "n", "k", "pass_at_k", "standard_error", "seed", "temperature")
 CORRECT = 1.0  # reward from which a response counts as correct; partial credit below it does not
 
 
@@ -91,7 +92,8 @@ def append_evaluation(result: Evaluated, ks: Sequence[int], run_dir: str | Path)
     for k in ks:
         mean, error = result.pass_at_k(k)
         measured = {"k": k, "pass_at_k": mean, "standard_error": None if math.isnan(error) else error}
-        lines.append(_about(result) | measured)
+        row = _about(result) | measured
+        lines.append({name: row[name] for name in COLUMNS})
     append_problems(result, run_dir)
     _append(Path(run_dir) / "eval.jsonl", lines)
 
