@@ -43,7 +43,7 @@ def _grpo(name: str, rate: float, **options: Any) -> dict[str, Any]:
     return {"objective.name": name, **chosen, LR: rate}
 
 
-# Four settings each, over what matters for it: the budget is the same for all. At 3e-4 the clipped ratio collapses here.
+# Four settings each, over what matters for it: the budget is the same for all. At 3e-4 the clipped ratio collapses.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "OAPL": [_oapl(1.0, 0.1, 1e-4), _oapl(4.0, 0.1, 1e-4), _oapl(4.0, 0.05, 1e-4), _oapl(4.0, 0.1, 2e-4)],
     "GRPO-clip": [_grpo("grpo", r, clip_low=c, clip_high=c) for r, c in itertools.product((5e-5, 1e-4), (0.2, 0.4))],
