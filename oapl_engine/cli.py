@@ -60,7 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, text in (
         ("rollouts", _rollouts, "export the rollouts of a run, one JSON object a line"),
         ("figure", _figure, "draw a run: reward and held-out pass@1, lag, distance from the engine"),
-        ("doctor", _doctor, "check that a publish leaves a live engine equal to a freshly loaded one"),
+        (
+            "doctor",
+            _doctor,
+            "why a run does not learn; or, with --weights, whether a publish reaches a live engine whole",
+        ),
         ("configuration", _configuration, "print docs/configuration.md"),
     ):
         _add(commands, name, run, text, "")
@@ -92,7 +96,10 @@ def _add(commands: argparse._SubParsersAction, name: str, run: Callable, text: s
             "Further options override a recipe's fields: --data.path FILE, --sampling.max_new_tokens 4096, …"
         )
     if name == "doctor":
-        command.add_argument("--weights", metavar="MODEL_DIR", required=True, help="model folder, Hugging Face layout")
+        command.add_argument("run_dir", metavar="RUN", nargs="?", help="run directory: name the likely cause")
+        command.add_argument(
+            "--weights", metavar="MODEL_DIR", help="publish perturbed weights, compare with a fresh load"
+        )
     if name == "rollouts":
         command.add_argument("--format", choices=["jsonl"], default="jsonl")
 
@@ -190,7 +197,18 @@ def _eval(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """`doctor RUN` reads the metrics; `doctor --weights MODEL_DIR` starts engines."""
     _refuse(rest)
+    if bool(arguments.run_dir) == bool(arguments.weights):
+        raise ConfigError("oapl doctor takes either a run directory or --weights MODEL_DIR")
+    if arguments.run_dir:
+        from oapl_engine.report.diagnosis import diagnose
+
+        found = diagnose(Path(arguments.run_dir))
+        for finding in found:
+            print(f"{finding.cause}\n  seen: {finding.evidence}\n  try:  {finding.remedy}")
+        print(f"doctor: {len(found)} likely causes" if found else "doctor: nothing stands out")
+        return OK
     if not Path(arguments.weights).is_dir():
         raise ConfigError(f"--weights {arguments.weights} is no folder: name one with config.json and the weights")
     from oapl_engine.prove_weights import prove_weights
