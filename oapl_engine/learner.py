@@ -18,7 +18,7 @@ from oapl_engine.report.display import Display
 from oapl_engine.report.metrics import MetricsWriter
 from oapl_engine.report.stopwatch import Stopwatch
 from oapl_engine.rollout_log.journal import Journal
-from oapl_engine.rollout_log.ledger import ledger
+from oapl_engine.rollout_log.ledger import Ledger
 from oapl_engine.rollout_log.log import RolloutLog
 from oapl_engine.samples import Group
 from oapl_engine.scheduler import events as e
@@ -93,6 +93,9 @@ class Learner:
     published: dict[str, float | None] = field(default_factory=dict)
     reference: Policy | None = None
     behavior: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.log, self.journal)
 
     def handlers(self) -> dict[type, Any]:
         return {
@@ -214,9 +217,7 @@ class Learner:
         step_of = dict(self.journal.versions())
         lags = [self.step - 1 - step_of.get(g.version, 0) for g in groups]
         own_tokens = self.journal.engine_tokens()
-        accounts = self.ranks.gather_plain(
-            [ledger(self.log, self.journal, own_tokens), own_tokens, sum(n for _, _, n in self.log.tokens())]
-        )
+        accounts = self.ranks.gather_plain([self.ledger.read(own_tokens), own_tokens, self.ledger.generated()])
         columns: Counter[str] = sum((Counter(account[0]) for account in accounts), Counter())
         engine_tokens = None if own_tokens is None else sum(account[1] for account in accounts)
         return {

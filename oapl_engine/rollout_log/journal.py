@@ -108,9 +108,21 @@ class Journal:
                 steps.setdefault(key, []).append(step)
         return steps
 
-    def dispositions(self) -> dict[str, str]:
+    def used_since(self, row: int) -> tuple[list[str], int]:
+        """Keys of the rollouts trained after row number `row` of the uses, and the last row's number."""
         with self._lock:
-            return dict(self._db.execute('SELECT key, "column" FROM disposition').fetchall())
+            rows = self._db.execute('SELECT key, rowid FROM "use" WHERE rowid > ? ORDER BY rowid', (row,)).fetchall()
+        return [key for key, _ in rows], rows[-1][1] if rows else row
+
+    def disposed_since(self, row: int) -> tuple[list[tuple[str, str]], int]:
+        """(key, column) of what was disposed of after row number `row`, and the last row's number."""
+        query = 'SELECT key, "column", rowid FROM disposition WHERE rowid > ? ORDER BY rowid'
+        with self._lock:
+            rows = self._db.execute(query, (row,)).fetchall()
+        return [r[:2] for r in rows], rows[-1][2] if rows else row
+
+    def dispositions(self) -> dict[str, str]:
+        return dict(self.disposed_since(0)[0])
 
     def evaluation_tokens(self) -> int:
         with self._lock:

@@ -89,11 +89,13 @@ class RolloutLog:
         for key in self.group_keys():
             yield from self.group(key).rollouts
 
-    def tokens(self) -> list[tuple[str, str, int]]:
-        """(key, status, response tokens) of every rollout."""
-        query = "SELECT key, status, length(token_ids) / 4 - prompt_length FROM rollout ORDER BY rowid"
+    def tokens_since(self, row: int) -> tuple[list[tuple[str, str, int]], int]:
+        """(key, status, response tokens) of the rollouts after row number `row`, and the last row's number."""
+        columns = "key, status, length(token_ids) / 4 - prompt_length, rowid"
+        query = f"SELECT {columns} FROM rollout WHERE rowid > ? ORDER BY rowid"
         with self._lock:
-            return self._db.execute(query).fetchall()
+            rows = self._db.execute(query, (row,)).fetchall()
+        return [r[:3] for r in rows], rows[-1][3] if rows else row
 
     def close(self) -> None:
         with self._lock:

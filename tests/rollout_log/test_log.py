@@ -13,7 +13,7 @@ import pytest
 
 from oapl_engine.rollout_log.database import LogDamaged, file_system
 from oapl_engine.rollout_log.journal import Journal
-from oapl_engine.rollout_log.ledger import ledger
+from oapl_engine.rollout_log.ledger import Ledger
 from oapl_engine.rollout_log.log import RolloutLog
 from oapl_engine.samples import Group, Prompt, Rollout, Span, rollout_key
 
@@ -118,17 +118,25 @@ def test_journal_survives_and_a_replayed_step_changes_nothing(tmp_path):
         again.published(0, 5, "bb", 0)
 
 
-def test_ledger_puts_every_token_in_one_column(tmp_path):
+def test_ledger_puts_every_token_in_one_column_however_often_it_is_read(tmp_path):
     log, journal = RolloutLog(tmp_path / "r.sqlite"), Journal(tmp_path / "journal.sqlite")
+    kept = Ledger(log, journal)
     for name, status in [("a", "scored"), ("b", "scored"), ("c", "aborted"), ("d", "invalid"), ("e", "scored")]:
         log.append(make_group(name, status))
+        kept.read()
+    assert kept.read()["waiting"] == 9
     journal.done(1, 0, ("0.pa.0",), ["0.pa.0.0", "0.pa.0.1"], None)
     journal.dispose(["0.pb.0.0", "0.pb.0.1"], "dropped:equal_rewards")
     journal.count_tokens(0, "evaluation", 7)
-    columns = ledger(log, journal, engine_tokens=30)
     expected = {"trained": 3, "dropped:equal_rewards": 3, "aborted": 3, "invalid": 3, "waiting": 3, "evaluation": 7}
-    assert columns == {**expected, "cleared": 0, "lost": 8}
-    assert sum(columns.values()) == 30
+    for ledger in (kept, kept, Ledger(log, journal)):
+        columns = ledger.read(engine_tokens=30)
+        assert columns == {**expected, "cleared": 0, "lost": 8}
+        assert sum(columns.values()) == 30
+        assert ledger.generated() == 15
+    journal.done(2, 0, ("0.pa.0",), ["0.pa.0.0"], None)  # a second epoch
+    journal.dispose(["0.pa.0.0"], "cleared")
+    assert kept.read(30) == columns
     json.dumps(columns)
 
 
