@@ -172,9 +172,8 @@ MUTANTS = (  # what the judge must say, and the bug
     ("miscounted", "case e.GroupInvalid():\n            return replace(s, in_flight=max(0, s.in_flight - 1)), ()",
      "case e.GroupInvalid():\n            return s, ()"),
     ("no command due", "needed = not can_serve and", "needed = False and"),
-    ("does not replay", "serving=s.engines)\n    return after",
-     "serving=s.engines)\n    import random\n    after = replace(after, next_version=s.next_version + random.randint(1, 9))\n"
-     "    return after"),
+    ("does not replay", "next_version=s.next_version + 1, ",
+     "next_version=s.next_version + __import__('random').randint(1, 9), "),
     ("version was reused", "next_version=s.next_version + 1, ", ""),
     ("submitted to", "serving=s.serving - {i}", "serving=s.serving"),
     ("at once", "if s.loaded and not c.overlap:", "if False:"),
