@@ -1,4 +1,5 @@
-"""Proof that layers compute with the bytes in place: a layer's answer to fixed inputs must change with its weight.
+"""Proof that layers compute with the bytes in place: either a layer is torch's product with its weight, by identity of
+the function that it calls, or its answer to fixed inputs must change with its weight.
 
 vLLM's CPU kernels work on packed copies of weights, and a copy that is not renewed gives old answers without an error
 (vLLM 0.32: the head of a tied model after a reload). Checksums of the parameter cannot see that.
@@ -15,7 +16,8 @@ MOVED = 32  # entries of the plain product; an answer that follows the weight ca
 
 
 class LayerProbe:
-    """Answers of every unquantised linear layer and head of a model to fixed inputs, remembered between versions."""
+    """Unquantised linear layers and heads of a model: those that are plain, and the answers of the others to fixed
+    inputs, remembered between versions."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         from vllm.model_executor.layers.linear import LinearBase
@@ -26,12 +28,16 @@ class LayerProbe:
         self.layers = {
             n: m for n, m in modules.items() if getattr(m, "weight", None) is not None and m.weight.ndim == 2
         }
-        self.answers = {name: self._ask(layer) for name, layer in self.layers.items()}
+        self.answers = {name: self._ask(layer) for name, layer in self.layers.items() if not self._plain(layer)}
 
     def stale(self) -> str | None:
-        """The first layer that does not compute with its weight: its answer is far from the plain product, or the plain
-        product moved and the answer is the same bit for bit. Updates too small for the first need the second."""
+        """The first layer that does not compute with its weight: it was plain and is not any more; or its answer is far
+        from the plain product; or that moved and the answer is the same bit for bit, which small updates need."""
         for name, layer in self.layers.items():
+            if name not in self.answers:
+                if not self._plain(layer):
+                    return f"{name}.weight"
+                continue
             (answer, plain), (answer_before, plain_before) = self._ask(layer), self.answers[name]
             self.answers[name] = answer, plain
             far = (answer - plain).abs().max() > TOLERANCE[plain.dtype] * plain.abs().max()
@@ -39,6 +45,11 @@ class LayerProbe:
             if far or (moved and torch.equal(answer, answer_before)):
                 return f"{name}.weight"
         return None
+
+    @staticmethod
+    def _plain(layer: torch.nn.Module) -> bool:
+        """Whether vLLM's CPU layer calls torch's own product (see live.py)."""
+        return getattr(layer, "cpu_linear", None) is F.linear
 
     def _ask(self, layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """What the layer computes, and the plain product with its weight."""

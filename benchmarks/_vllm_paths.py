@@ -1,0 +1,82 @@
+"""Loaded into vLLM by benchmarks/weights.py: a memcpy beside our scatter, and vLLM's own ways to new weights."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oapl_engine.weights.receiver.extension import WeightReport
+
+
+class Timed(WeightReport):
+    """WeightReport that also copies what the last update brought, bucket by bucket, into memory of this process."""
+
+    def weight_report(self) -> dict[str, Any]:
+        report = super().weight_report()
+        update = self.weight_transfer_engine.update
+        if update.inbox is not None and update.state == "complete":
+            report["seconds"]["memcpy"] = min(self._memcpy(update) for _ in range(3))
+        return report
+
+    def _memcpy(self, update: Any) -> float:
+        buffers = update.inbox.buffers
+        self.copied = getattr(self, "copied", None) or [torch.zeros_like(b) for b in buffers]
+        begin = time.perf_counter()
+        for bucket, sources in update.buckets.items():
+            last = sources[-1].tensor
+            length = (last.storage_offset() + last.numel()) * last.element_size()
+            self.copied[bucket % 2][:length].copy_(buffers[bucket % 2][:length])
+        return time.perf_counter() - begin
+
+
+class Stock:
+    """vLLM's worker, as shipped: its layers packed, its layerwise reload from tensors that are in memory already."""
+
+    model_runner: Any
+    vllm_config: Any
+    model_config: Any
+
+    def layerwise_seconds(self, folder: str) -> float:
+        from safetensors.torch import load_file
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+        weights = {n: t.clone() for f in sorted(Path(folder).glob("*.safetensors")) for n, t in load_file(f).items()}
+        model = self.model_runner.model
+        begin = time.perf_counter()
+        with torch.no_grad(), set_current_vllm_config(self.vllm_config):
+            initialize_layerwise_reload(model)
+            model.load_weights(iter(weights.items()))
+            finalize_layerwise_reload(model, self.model_config)
+        return time.perf_counter() - begin
+
+
+def main(folder: str, dtype: str, rounds: int) -> None:
+    """Print {"reload from disk": seconds, "layerwise from memory": seconds}, medians, as JSON."""
+    from vllm import LLM
+
+    llm = LLM(
+        folder,
+        dtype=dtype,
+        enforce_eager=True,
+        max_model_len=256,
+        skip_tokenizer_init=True,
+        worker_extension_cls="benchmarks._vllm_paths.Stock",
+        kv_cache_memory_bytes=256 << 20,
+    )
+    found: dict[str, list[float]] = {"reload from disk": [], "layerwise from memory": []}
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        llm.collective_rpc("reload_weights")
+        found["reload from disk"].append(time.perf_counter() - begin)
+        found["layerwise from memory"].append(llm.collective_rpc("layerwise_seconds", args=(folder,))[0])
+    print(json.dumps({name: sorted(seconds)[len(seconds) // 2] for name, seconds in found.items()}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,269 @@
+"""Publishing weights into a live vLLM engine on CPU, against a two-process copy and against vLLM's own ways.
+
+Every publish is whole: pause, cast of float32 masters to bfloat16, checksums on both sides, scatter into the engine's
+live parameters, read-back, proof of the layers, prefix cache, golden prompts, resume. "copy" moves the same float32
+tensors through the same two buckets into another process with the same cast and nothing else. "memcpy" is of the same
+buckets inside the engine's process, beside "scatter". vLLM's own ways are measured in a stock engine, layers packed.
+Seconds are medians of rounds after the first. 7B rows are predicted from bytes and bandwidths, and say so.
+
+    python -m benchmarks weights [--models smollm2 0.6b 1.7b] [--rounds 5] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import mmap
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from oapl_engine.data.model_folder import SMOLLM2, resolve_model
+from oapl_engine.inference.collector import Collector
+from oapl_engine.inference.supervisor import EngineOptions, start_engine
+from oapl_engine.weights.attest import TOLERANCE, Golden
+from oapl_engine.weights.layout import lay_out
+from oapl_engine.weights.publish import Publisher
+from oapl_engine.weights.transports import make_buckets
+
+BUCKET = 64 << 20
+PHASES = ("pack", "take", "check", "scatter", "read_back", "finish", "attest", "total")
+QWEN3 = {"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+SHAPES = {
+    "0.6b": {"hidden_size": 1024, "intermediate_size": 3072},
+    "1.7b": {"hidden_size": 2048, "intermediate_size": 6144},
+}
+TRANSPORTS = ("memfd", "file", "gloo")
+
+
+def main(argv: list[str]) -> int:
+    """Print the tables; 0, or 3 where a bar is missed. With --json, models measured before are kept in the file."""
+    parser = argparse.ArgumentParser(prog="benchmarks weights", description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=["smollm2", *SHAPES, "micro"], default=["smollm2"])
+    parser.add_argument("--rounds", type=int, default=5, help="publishes measured after the first")
+    parser.add_argument("--json", help="write the figures to this file")
+    options = parser.parse_args(argv)
+    path = Path(options.json) if options.json else None
+    figures = json.loads(path.read_text()) if path and path.exists() else {}
+    figures["predicted"] = predicted()
+    for name in options.models:
+        with tempfile.TemporaryDirectory(prefix="oapl-benchmark-") as scratch:
+            figures[name] = measure(name, options.rounds, Path(scratch))
+    show(figures)
+    if path:
+        path.write_text(json.dumps(figures, indent=1) + "\n")
+    return 0 if all(met(row) for name, row in figures.items() if name != "predicted") else 3
+
+
+def checkpoint(name: str, scratch: Path) -> tuple[str, Any]:
+    """Folder and float32 trainer model: SmolLM2, or random weights in the shape of a Qwen3."""
+    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    if name == "smollm2":
+        folder = resolve_model(SMOLLM2)
+        return folder, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    small = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    shape = {**QWEN3, **SHAPES[name]} if name in SHAPES else {**small, "hidden_size": 64, "intermediate_size": 96}
+    config = Qwen3Config(vocab_size=151936 if name in SHAPES else 512, tie_word_embeddings=True, **shape)
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(config).eval()
+    with torch.no_grad():
+        model.to(torch.bfloat16).save_pretrained(scratch / "model")
+    return str(scratch / "model"), model.to(torch.float32)
+
+
+def measure(name: str, rounds: int, scratch: Path) -> dict[str, Any]:
+    folder, model = checkpoint(name, scratch)
+    weights = lambda: model.named_parameters()  # noqa: E731
+    layout = lay_out(weights(), torch.bfloat16, BUCKET)
+    moved = 2 * sum(p.count for p in layout.pieces)
+    row: dict[str, Any] = {"bytes": moved, "bucket_bytes": layout.size, "threads": torch.get_num_threads()}
+    row["copy"] = two_process_copy(weights, layout, rounds)
+    row["transports"] = publishes(folder, model, rounds, scratch)
+    row["vllm"] = vllm_paths(folder, max(2, rounds // 2))
+    return row
+
+
+def publishes(folder: str, model: Any, rounds: int, scratch: Path) -> dict[str, dict[str, float]]:
+    """Median seconds by phase for each transport, into one live engine."""
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(2, model.config.vocab_size, (4, 32)).tolist()
+    options = EngineOptions(folder, dtype="bfloat16", max_model_len=256, kv_cache_mb=256)
+    options = functools.partial(type(options), **vars(options) | {"worker_extension": "benchmarks._vllm_paths.Timed"})()
+    found: dict[str, dict[str, float]] = {}
+    with start_engine(options, scratch / "engine.log") as engine:
+        collector = Collector(engine.client, _no_verdict, lambda group: None)
+        control = lambda p, body: collector.call(engine.client.control(p, body))  # noqa: E731
+        version = 0
+        for transport in TRANSPORTS:
+            golden = Golden(prompts, functools.partial(logprobs, model), TOLERANCE["bfloat16"])
+            make = functools.partial(make_buckets, transport)
+            publisher = Publisher(model.named_parameters, control, BUCKET, golden=golden, make_buckets=make)
+            reports = []
+            for _ in range(rounds + 1):
+                change(model)
+                version += 1
+                reports.append(publisher.publish(version))
+            names = reports[-1].seconds
+            found[transport] = {
+                n: statistics.median(r.seconds[n] for r in reports[1:] if n in r.seconds) for n in names
+            }
+            found[transport] |= {"first": reports[0].seconds["total"], "changed_share": reports[-1].changed_share}
+            publisher.close()
+        collector.close()
+    return found
+
+
+async def _no_verdict(*_: Any) -> Any:
+    raise NotImplementedError
+
+
+@torch.no_grad()
+def change(model: Any) -> None:
+    """A step that bfloat16 shows in a part of the values, as an optimizer's does."""
+    for parameter in model.parameters():
+        parameter.mul_(1 + 1e-3)
+
+
+@torch.no_grad()
+def logprobs(model: Any, prompts: list[list[int]]) -> list[np.ndarray]:
+    tokens = torch.tensor(prompts)
+    logits = model(tokens).logits[:, :-1].log_softmax(-1)
+    return list(logits.gather(2, tokens[:, 1:, None])[..., 0].numpy())
+
+
+def two_process_copy(weights: Callable[[], Any], layout: Any, rounds: int) -> float:
+    """Seconds for float32 tensors → bfloat16 in two shared buckets → memory of another process, pipelined."""
+    fds = [os.memfd_create("copy") for _ in range(2)]
+    for fd in fds:
+        os.ftruncate(fd, layout.size)
+    views = [torch.frombuffer(mmap.mmap(fd, layout.size), dtype=torch.uint8) for fd in fds]
+    lengths = [(b[-1].offset + 2 * b[-1].count) for b in layout.buckets()]
+    command = [
+        sys.executable,
+        "-c",
+        "from benchmarks.weights import _copy_out; _copy_out()",
+        json.dumps([*fds, layout.size, lengths]),
+    ]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=fds, bufsize=0)
+    assert child.stdin
+    assert child.stdout
+    child.stdout.read(1)
+    tensors, seconds = dict(weights()), []
+    for _ in range(rounds + 1):
+        begin = time.perf_counter()
+        for number, pieces in enumerate(layout.buckets()):
+            if number >= 2:
+                child.stdout.read(1)
+            for p in pieces:
+                place = views[number % 2][p.offset : p.offset + 2 * p.count].view(torch.bfloat16)
+                place.copy_(tensors[p.name].detach().view(-1)[p.start : p.start + p.count])
+            child.stdin.write(b".")
+        for _ in range(min(2, len(lengths))):
+            child.stdout.read(1)
+        seconds.append(time.perf_counter() - begin)
+    child.stdin.close()
+    child.wait()
+    for fd in fds:
+        os.close(fd)
+    return statistics.median(seconds[1:])
+
+
+def _copy_out() -> None:
+    *fds, size, lengths = json.loads(sys.argv[1])
+    buffers = [torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8) for fd in fds]
+    places = [torch.zeros(length, dtype=torch.uint8) for length in lengths]
+    os.write(1, b"r")
+    while True:
+        for number, place in enumerate(places):
+            if not os.read(0, 1):
+                return
+            place.copy_(buffers[number % 2][: len(place)])
+            os.write(1, b".")
+
+
+def vllm_paths(folder: str, rounds: int) -> dict[str, float]:
+    more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+    more |= {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
+    command = [sys.executable, "-m", "benchmarks._vllm_paths", folder, "bfloat16", str(rounds)]
+    done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def predicted() -> dict[str, Any]:
+    """7B (15.2 GB of bfloat16) on H100: bytes that each phase moves over the bandwidth it moves them with."""
+    size, hbm, nvlink, pcie = 15.2e9, 0.8 * 3.35e12, 0.8 * 450e9, 0.8 * 64e9
+    passes = {"pack": 3, "check": 1, "scatter": 2, "changed": 2, "read_back": 1}  # of the payload, reads and writes
+    device = sum(passes.values()) * size / hbm
+    return {
+        "label": "predicted, not measured",
+        "bytes": size,
+        "cuda_ipc, one GPU": device,
+        "nccl over NVLink": device + size / nvlink,
+        "pinned memory over PCIe 5": device + size / pcie,
+    }
+
+
+def show(figures: dict[str, Any]) -> None:
+    for name, row in figures.items():
+        if name == "predicted":
+            continue
+        gigabytes = row["bytes"] / 1e9
+        print(f"\n{name}: {row['bytes'] / 1e6:.0f} MB of bfloat16, two buckets of {row['bucket_bytes'] / 1e6:.0f} MB")
+        print(f"| transport | {' | '.join(PHASES)} | without golden prompts, GB/s | of the copy | first |")
+        print("|---" * (len(PHASES) + 4) + "|")
+        for transport, seconds in row["transports"].items():
+            cells = " | ".join(f"{seconds[p]:.3f}" for p in PHASES)
+            whole = proven(seconds)
+            print(
+                f"| {transport} | {cells} | {gigabytes / whole:.2f} | {row['copy'] / whole:.2f}x "
+                f"| {seconds['first']:.2f} |"
+            )
+        print(f"two-process copy {row['copy']:.3f} s; ", end="")
+        print("; ".join(f"vLLM {way} {seconds:.2f} s" for way, seconds in row["vllm"].items()))
+        print("; ".join(f"{bar}: {value:.2f}x" for bar, value in bars(row).items()))
+    rows = [
+        f"{way} {s * 1e3:.0f} ms" for way, s in figures["predicted"].items() if isinstance(s, float) and way != "bytes"
+    ]
+    print(f"\n7B on H100, predicted, not measured: {'; '.join(rows)}")
+
+
+def proven(seconds: dict[str, float]) -> float:
+    """Pack, move, check, scatter, attest by checksums and layers: all that grows with bytes. Without golden prompts."""
+    return seconds["transfer"] + seconds["finish"]
+
+
+def bars(row: dict[str, Any]) -> dict[str, float]:
+    memfd = row["transports"]["memfd"]
+    return {
+        "scatter against memcpy (bar 0.6)": memfd["memcpy"] / memfd["scatter"],
+        "publish against two-process copy (bar 0.3)": row["copy"] / proven(memfd),
+        "faster than reload from disk, all included (bar 10)": row["vllm"]["reload from disk"] / memfd["total"],
+        "faster than layerwise from memory, all included (bar 10)": row["vllm"]["layerwise from memory"]
+        / memfd["total"],
+    }
+
+
+def met(row: dict[str, Any]) -> bool:
+    return all(value >= float(bar.rpartition("bar ")[2].rstrip(")")) for bar, value in bars(row).items())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
