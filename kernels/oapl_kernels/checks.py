@@ -47,7 +47,7 @@ def check_head(
     for name, value in (("temperature", temperature), ("softcap", softcap)):
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name} is {value}; allowed: a finite number > 0")
-    if chunk_tokens is not None and chunk_tokens < 1:
+    if chunk_tokens is not None and not (isinstance(chunk_tokens, int) and chunk_tokens >= 1):
         raise ValueError(f"chunk_tokens is {chunk_tokens}; allowed: an integer >= 1, or None for the default")
 
 
@@ -66,16 +66,17 @@ def check_target(target: Tensor, tokens: int, vocabulary: int, ignore_index: int
     return counted
 
 
-def check_offsets(name: str, offsets: Tensor, total: int, device: torch.device) -> list[int]:
-    """offsets [N+1]: 0, strictly increasing, ending at total; returned as a list."""
+def check_offsets(name: str, offsets: Tensor, total: int, device: torch.device, least: int = 1) -> list[int]:
+    """offsets [N+1]: 0, increasing by `least` at least, ending at total; returned as a list."""
     check_tensor(name, offsets, (None,), INTEGERS, device)
     values = offsets.tolist()
     if not values or values[0] != 0 or values[-1] != total:
         ends = f"{values[0]} to {values[-1]}" if values else "nothing"
         raise ValueError(f"{name} runs from {ends}; allowed: from 0 to {total}, the length of what it divides")
     for index, (before, after) in enumerate(pairwise(values)):
-        if after <= before:
-            raise ValueError(f"{name}[{index + 1}] is {after} after {before}; allowed: strictly increasing offsets")
+        if after < before + least:
+            how = "strictly increasing" if least else "never decreasing"
+            raise ValueError(f"{name}[{index + 1}] is {after} after {before}; allowed: {how} offsets")
     return values
 
 

@@ -350,6 +350,10 @@ def fused_policy_loss(
     inputs = _complete(inputs, cu_seqlens, counted, tokens)
     if not 0 < normalizer < float("inf"):
         raise ValueError(f"normalizer is {normalizer}; allowed: a finite number > 0")
+    if not abs(entropy_coefficient) < float("inf"):
+        raise ValueError(f"entropy_coefficient is {entropy_coefficient}; allowed: a finite number")
+    if not isinstance(objective, Objective):
+        raise ValueError(f"objective is a {type(objective).__name__}; allowed: an Objective")
     if weight_grad is not None:
         check_tensor("weight_grad", weight_grad, tuple(weight.shape), (wide(weight.dtype),), device)
     record = torch.is_grad_enabled()

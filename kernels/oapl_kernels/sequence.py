@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .backend import runs_triton
+from .checks import FLOATS, INTEGERS, MASKS, check_offsets, check_tensor
 from .compiler import operation
 from .matmul import wide
 
@@ -30,6 +31,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 @operation(_empty_sums, save=_save, backward=_backward)
 def sequence_sums(token_values: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> Tensor:
     """`sequence_sum` of at least one sequence."""
+    if cu_seqlens.device.type == "cpu":  # on a GPU reading them would wait for it
+        check_offsets("cu_seqlens", cu_seqlens, len(token_values), token_values.device, least=0)
     if runs_triton(token_values) and token_values.dtype != torch.float64:
         from .sequence_triton import sums
 
@@ -49,8 +52,12 @@ def sequence_sum(token_values: Tensor, cu_seqlens: Tensor, mask: Tensor | None =
     """Sum of token_values [T] over each sequence -> [N], fp32 (fp64 for fp64), differentiable, deterministic.
 
     cu_seqlens [N+1] offsets; mask [T] nonzero where a token counts. The sum is as exact as its inputs: for a
-    log-ratio subtract per token first, then sum.
+    log-ratio subtract per token first, then sum. Offsets may repeat (empty sequences).
     """
+    check_tensor("token_values", token_values, (None,), FLOATS, getattr(token_values, "device", None))
+    check_tensor("cu_seqlens", cu_seqlens, (None,), INTEGERS, token_values.device)
+    if mask is not None:
+        check_tensor("mask", mask, (len(token_values),), MASKS, token_values.device)
     if len(cu_seqlens) <= 1:
         return token_values.new_zeros(0, dtype=wide(token_values.dtype))
     return sequence_sums(token_values, cu_seqlens, mask)

@@ -70,6 +70,22 @@ def test_no_tokens():
     assert hidden.grad.shape == (0, 4)
 
 
-def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match=r"target\[1\] is 5; allowed: 0 to 4, or ignore_index -100"):
-        linear_logprob(torch.zeros(2, 4), torch.zeros(5, 4), torch.tensor([0, 5]))
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"target": torch.tensor([0, 5])}, r"target\[1\] is 5; allowed: 0 to 4, or ignore_index -100"),
+        ({"target": [0, 1]}, r"target is a list; allowed: a tensor"),
+        ({"target": torch.arange(3)}, r"target has shape \[3\]; allowed: \[2\]"),
+        ({"target": torch.arange(2, device="meta")}, r"target is on meta; allowed: cpu"),
+        ({"weight": torch.zeros(5, 3)}, r"weight has shape \[5, 3\]; allowed: \[any, 4\]"),
+        ({"weight": torch.zeros(0, 4)}, r"weight has 0 rows; allowed: a vocabulary of at least 1"),
+        ({"weight": torch.zeros(5, 4).half()}, r"weight has dtype torch.float16 but hidden has torch.float32"),
+        ({"bias": torch.zeros(5).long()}, r"bias has dtype int64; allowed: bfloat16"),
+        ({"temperature": float("nan")}, r"temperature is nan; allowed"),
+        ({"backend": "cuda"}, r"backend is 'cuda'; allowed: 'auto'"),
+    ],
+)
+def test_bad_arguments_are_named(wrong, message):
+    good = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(5, 4), "target": torch.tensor([0, 1])}
+    with pytest.raises(ValueError, match=message):
+        linear_logprob(**good | wrong)

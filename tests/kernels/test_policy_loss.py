@@ -362,6 +362,13 @@ GOOD = {
         ({"temperature": -1.0}, r"temperature is -1.0; allowed"),
         ({"softcap": 0.0}, r"softcap is 0.0; allowed"),
         ({"chunk_tokens": 0}, r"chunk_tokens is 0; allowed"),
+        ({"chunk_tokens": 2.5}, r"chunk_tokens is 2.5; allowed: an integer"),
+        ({"entropy_coefficient": float("nan")}, r"entropy_coefficient is nan; allowed"),
+        ({"hidden": [[1.0]]}, r"hidden is a list; allowed: a tensor"),
+        ({"target": torch.arange(5)}, r"target has shape \[5\]; allowed: \[6\]"),
+        ({"behavior_logprob": torch.zeros(5)}, r"behavior_logprob has shape \[5\]; allowed: \[6\]"),
+        ({"cu_seqlens": torch.tensor([0, 2, 2, 6])}, r"cu_seqlens\[2\] is 2 after 2; allowed: strictly increasing"),
+        ({"beta2": -1.0}, r"beta2 is -1.0; allowed"),
         ({"weight_grad": torch.zeros(9, 4).bfloat16()}, r"weight_grad has dtype bfloat16; allowed: float32"),
         ({"backend": "fast"}, r"backend is 'fast'; allowed: 'auto'"),
         ({"backend": "triton"}, r"backend is 'triton' with tensors on cpu; allowed"),
@@ -372,6 +379,11 @@ def test_bad_arguments_are_named(wrong, message):
     positional = [arguments.pop(name) for name in list(GOOD)[:6]]
     with pytest.raises(ValueError, match=message):
         oapl_loss(*positional, **arguments)
+
+
+def test_an_objective_that_is_none_is_named():
+    with pytest.raises(ValueError, match="objective is a str; allowed: an Objective"):
+        call(replace(make_case(oapl(0.05), [4], 0, torch.float32), objective="oapl"))
 
 
 def test_nan_in_masked_behaviour_log_probs_is_harmless():

@@ -46,3 +46,19 @@ def test_half_precision_values_are_summed_in_fp32(dtype):
     found = sequence_sum(torch.full((4096,), 1.0, dtype=dtype), torch.tensor([0, 4096]))
     assert found.dtype == torch.float32
     assert float(found) == 4096
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(4, 1), torch.tensor([0, 4])), r"token_values has shape \[4, 1\]; allowed: \[any\]"),
+        ((torch.zeros(4), torch.tensor([0.0, 4.0])), r"cu_seqlens has dtype float32; allowed: int32, int64"),
+        ((torch.zeros(4), torch.tensor([0, 9])), r"cu_seqlens runs from 0 to 9; allowed: from 0 to 4"),
+        ((torch.zeros(4), torch.tensor([0, 3, 2, 4])), r"cu_seqlens\[2\] is 2 after 3; allowed: never decreasing"),
+        ((torch.zeros(4), torch.tensor([0, 4]), torch.ones(3)), r"mask has shape \[3\]; allowed: \[4\]"),
+        ((torch.zeros(4), torch.tensor([0, 4], device="meta")), r"cu_seqlens is on meta; allowed: cpu"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sequence_sum(*arguments)
