@@ -3,11 +3,18 @@
 One head, GRPO on equal sequences, so that all contestants compute the same numbers; "ours, OAPL" has its own loss, and
 with --sequences 1 shows what a sequence longer than a chunk costs when its coefficient is known at its end only. Times
 are medians of interleaved rounds in one process, also as a multiple of "products": the three matrix products of our own
-pass alone. Peak memory is what a fresh process adds (VmHWM after clear_refs; max_memory_allocated on a GPU). Errors are
-relative to float64, of the weight's gradient on the first 256 tokens. Allocators: "default", and "warm", which keeps
-freed memory (MALLOC_MMAP_MAX_=0, a large MALLOC_TRIM_THRESHOLD_): page faults are much of naive torch's time on CPU.
+pass alone. Peak memory is what a fresh process adds (VmHWM after clear_refs, default allocator; max_memory_allocated on
+a GPU), gradients included. Errors (relative to float64) and FLOPs (counted, in T*D*V) are of the first 256 tokens.
+Allocators: "default", and "warm", which keeps freed memory (MALLOC_MMAP_MAX_=0, a large MALLOC_TRIM_THRESHOLD_): page
+faults are much of naive torch's time on CPU.
 
-    python -m benchmarks kernels [--shapes 2048x576x49152] [--dtypes float32 bfloat16] [--sweep] [--json F] [--svg F]
+--sweep takes one pass each, in fresh processes; cells too large for this machine are scored only, or skipped, and say
+so. --growth compares our peak memory at 2,048 and 32,768 tokens. --static compiles our Triton kernels and those of
+Liger and cut-cross-entropy for GPUs that need not be here. On a GPU times are also a share of its dense bf16 peak.
+
+    python -m benchmarks kernels [--shapes 2048x576x49152] [--dtypes float32] [--json F] [--svg F]
+    python -m benchmarks kernels --sweep | --growth | --static [--json F]
+    python -m benchmarks kernels --show F [--svg F]
 """
 
 from __future__ import annotations
@@ -26,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from oapl_kernels import PolicyInputs, compiler, fused_policy_loss, matmul
+from oapl_kernels import PolicyInputs, compiler, fused_policy_loss, linear_logprob, matmul
 from oapl_kernels.chunks import default_chunk_tokens
 from oapl_kernels.objectives import Objective, grpo, oapl
 from torch import Tensor
@@ -35,7 +42,11 @@ from torch.utils.checkpoint import checkpoint
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = ["2048x576x49152", "1024x1536x151936"]
-SWEEP = [f"{t}x512x{v}" for t in (1024, 4096, 16384, 65536) for v in (32768, 131072, 262144)]
+# Shape and sequences; the last is one sequence.
+SWEEP = [(f"{t}x256x{v}", t // 256) for t in (1024, 4096, 16384, 65536) for v in (32768, 131072, 262144)]
+SWEEP += [("16384x256x32768", 1)]
+GROWTH = [("2048x256x32768", 8), ("32768x256x32768", 128)]
+CPU_LIMIT = 1.2e12  # FLOPs of one pass in a sweep
 WARM = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 PEAK_FLOPS = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12}  # dense bf16
 
@@ -86,7 +97,7 @@ def wide_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def naive_log_softmax(p: Problem) -> Tensor:
+def naive(p: Problem) -> Tensor:
     logs = torch.log_softmax(wide_logits(p.hidden, p.weight), -1)
     return of_logprob(p, logs.gather(1, p.target[:, None])[:, 0])
 
@@ -94,10 +105,6 @@ def naive_log_softmax(p: Problem) -> Tensor:
 def logprob_by_logsumexp(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     logits = wide_logits(hidden, weight)
     return logits.gather(1, target[:, None])[:, 0] - torch.logsumexp(logits, -1)
-
-
-def naive_logsumexp(p: Problem) -> Tensor:
-    return of_logprob(p, logprob_by_logsumexp(p.hidden, p.weight, p.target))
 
 
 def recompute(p: Problem) -> Tensor:
@@ -122,11 +129,15 @@ def cut_cross_entropy(p: Problem) -> Tensor:
     return of_logprob(p, -linear_cross_entropy(p.hidden, p.weight, p.target, reduction="none", filter_eps=None))
 
 
+def scoring(p: Problem) -> None:
+    with torch.no_grad():
+        linear_logprob(p.hidden, p.weight, p.target)
+
+
 def contestants() -> dict[str, Callable[[Problem], Tensor]]:
     """Those that run here."""
     chosen = {"ours": fused("auto", grpo()), "ours, OAPL": fused("auto", oapl(1e-3))}
-    chosen |= {"ours, torch": fused("torch", grpo()), "naive log_softmax": naive_log_softmax}
-    chosen |= {"naive logsumexp": naive_logsumexp, "torch recompute": recompute}
+    chosen |= {"ours, torch": fused("torch", grpo()), "naive": naive, "torch recompute": recompute}
     if importlib.util.find_spec("liger_kernel"):
         chosen["Liger GRPO"] = liger
     if importlib.util.find_spec("cut_cross_entropy") and DEVICE.type == "cuda":
@@ -195,19 +206,20 @@ def time_all(shape: str, dtype: torch.dtype, sequences: int, rounds: int) -> dic
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def peak_bytes(shape: str, dtype: torch.dtype, sequences: int, name: str) -> int:
-    """What one forward and backward adds at its peak, gradients included."""
+def one_pass(shape: str, dtype: torch.dtype, sequences: int, name: str) -> dict[str, float]:
+    """Seconds of one forward and backward, and the bytes that it adds at its peak, gradients included."""
+    function = {**contestants(), "scoring": scoring}[name]
+    seconds(function, make_problem("64x32x256", dtype, sequences if 64 % sequences == 0 else 8))  # loads what is lazy
     p = make_problem(shape, dtype, sequences)
-    seconds(contestants()[name], make_problem("64x32x256", dtype, sequences))  # loads what is loaded once
     if DEVICE.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        seconds(contestants()[name], p)
-        return torch.cuda.max_memory_allocated() - before
+        taken = seconds(function, p)
+        return {"seconds": taken, "peak_bytes": torch.cuda.max_memory_allocated() - before}
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
-    seconds(contestants()[name], p)
-    return resident("VmHWM") - before
+    taken = seconds(function, p)
+    return {"seconds": taken, "peak_bytes": resident("VmHWM") - before}
 
 
 def resident(field: str) -> int:
@@ -215,29 +227,33 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def gradient_errors(shape: str, dtype: torch.dtype, sequences: int) -> dict[str, float]:
+def errors_and_flops(shape: str, dtype: torch.dtype, sequences: int) -> dict[str, dict[str, float]]:
+    """Of the weight's gradient on the first 256 tokens; FLOPs in units of T*D*V."""
     tokens, depth, vocabulary = map(int, shape.split("x"))
     p = make_problem(f"{min(tokens, 256)}x{depth}x{vocabulary}", dtype, sequences)
     exact = Problem(p.hidden.detach().double().requires_grad_(), p.weight.detach().double().requires_grad_(), p.target,
                     p.behavior.double(), p.advantage.double(), p.offsets, p.chunk)  # fmt: skip
-    seconds(naive_logsumexp, exact)
-    errors = {}
+    seconds(naive, exact)
+    found = {}
     for name, function in contestants().items():
-        if name == "ours, OAPL":  # another loss
-            continue
-        seconds(function, p)
-        errors[name] = float((p.weight.grad.double() - exact.weight.grad).norm() / exact.weight.grad.norm())
-    return errors
+        with Products() as meter:
+            seconds(function, p)
+        error = float((p.weight.grad.double() - exact.weight.grad).norm() / exact.weight.grad.norm())
+        found[name] = {"flops": meter.flops / (len(p.hidden) * depth * vocabulary)}
+        found[name] |= {} if name == "ours, OAPL" else {"error": error}  # another loss
+    return found
 
 
 def worker(task: str, shape: str, dtype: torch.dtype, sequences: int, rounds: int, name: str) -> object:
     if task == "time":
         return time_all(shape, dtype, sequences, rounds)
-    return peak_bytes(shape, dtype, sequences, name) if task == "memory" else gradient_errors(shape, dtype, sequences)
+    if task == "pass":
+        return one_pass(shape, dtype, sequences, name)
+    return errors_and_flops(shape, dtype, sequences)
 
 
 def in_fresh_process(
-    task: str, shape: str, dtype: str, sequences: int, rounds: int, name: str = "", **environment: str
+    task: str, shape: str, dtype: str, sequences: int, rounds: int = 0, name: str = "", **environment: str
 ):
     command = [sys.executable, "-m", "benchmarks", "kernels", "--worker", task, "--shapes", shape, "--dtypes", dtype]
     command += ["--sequences", str(sequences), "--rounds", str(rounds), "--name", name]
@@ -247,45 +263,95 @@ def in_fresh_process(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(shape: str, dtype: str, sequences: int, rounds: int, memory: bool) -> dict[str, object]:
+def measure(shape: str, dtype: str, sequences: int, rounds: int, memory: bool) -> dict:
     allocators = {"default": {}, "warm": WARM} if DEVICE.type == "cpu" else {"default": {}}
     times = {name: in_fresh_process("time", shape, dtype, sequences, rounds, **env) for name, env in allocators.items()}
     names = [name for name in times["default"] if name != "products"] if memory else []
-    peaks = {name: in_fresh_process("memory", shape, dtype, sequences, rounds, name) for name in names}
-    errors = in_fresh_process("error", shape, dtype, sequences, rounds)
-    return {
-        "shape": shape,
-        "dtype": dtype,
-        "sequences": sequences,
-        "seconds": times,
-        "peak_bytes": peaks,
-        "weight_error": errors,
-    }
+    peaks = {name: in_fresh_process("pass", shape, dtype, sequences, name=name)["peak_bytes"] for name in names}
+    figures = {"device": device_name(), "shape": shape, "dtype": dtype, "sequences": sequences, "seconds": times}
+    return figures | {"peak_bytes": peaks, "first_256": in_fresh_process("error", shape, dtype, sequences)}
 
 
 def show(figures: dict) -> None:
     tokens, depth, vocabulary = map(int, figures["shape"].split("x"))
-    print(f"\nT={tokens} D={depth} V={vocabulary} {figures['dtype']} on {device_name()}")
-    peaks = figures["peak_bytes"]
-    naive = max(1, peaks.get("naive log_softmax", 0))
+    print(f"\nT={tokens} D={depth} V={vocabulary} {figures['dtype']} on {figures['device']}")
+    peaks, share_of = figures["peak_bytes"], peak_flops(figures["device"])
     head = "".join(f"{allocator + ', s':>12}{'x products':>12}" for allocator in figures["seconds"])
-    print(f"{'':20}{head}{'peak, MB':>10}{'x naive':>9}{'dW error':>10}{'of peak':>9}")
+    print(f"{'':20}{head}{'peak, MB':>10}{'x naive':>9}{'dW error':>10}{'FLOPs/TDV':>11}{'of peak':>9}")
     for name in figures["seconds"]["default"]:
-        cells = "".join(
+        line = f"{name:20}" + "".join(
             f"{times[name]:12.3f}{times[name] / times['products']:12.2f}" for times in figures["seconds"].values()
         )
-        memory = f"{peaks[name] / 1e6:10.0f}{peaks[name] / naive:9.2f}" if name in peaks else f"{'':19}"
-        error = f"{figures['weight_error'][name]:10.1e}" if name in figures["weight_error"] else f"{'':10}"
-        share = 6 * tokens * depth * vocabulary / figures["seconds"]["default"][name] / peak_flops()
-        print(f"{name:20}{cells}{memory}{error}{f'{share:9.0%}' if share else '':>9}")
+        line += f"{peaks[name] / 1e6:10.0f}{peaks[name] / max(1, peaks['naive']):9.2f}" if name in peaks else f"{'':19}"
+        found = figures["first_256"].get(name, {})
+        line += f"{found['error']:10.1e}" if "error" in found else f"{'':10}"
+        line += f"{found['flops']:11.2f}" if "flops" in found else f"{'':11}"
+        share = 6 * tokens * depth * vocabulary / figures["seconds"]["default"][name] / share_of
+        print(line + (f"{share:9.0%}" if share else ""))
+
+
+def sweep_cell(shape: str, sequences: int, dtype: str) -> dict:
+    tokens, depth, vocabulary = map(int, shape.split("x"))
+    unit = tokens * depth * vocabulary
+    cell = {"shape": shape, "sequences": sequences, "dtype": dtype, "device": device_name(), "passes": {}}
+    names = [name for name in contestants() if name != "ours, torch"]
+    if DEVICE.type == "cpu" and 6 * unit > CPU_LIMIT:
+        names = ["scoring"]
+    if DEVICE.type == "cpu" and 2 * unit > 2 * CPU_LIMIT:
+        return cell | {"skipped": f"{2 * unit:.1e} FLOPs to score it, over {2 * CPU_LIMIT:.1e} on CPU"}
+    for name in names:
+        needed = 16 * tokens * vocabulary  # fp32 logits, their log-softmax and the gradients of both
+        if name == "naive" and needed > free_bytes():
+            cell["skipped"] = f"naive: {needed / 1e9:.0f} GB of logits and their gradients"
+            continue
+        cell["passes"][name] = in_fresh_process("pass", shape, dtype, sequences, name=name)
+    return cell
+
+
+def free_bytes() -> float:
+    if DEVICE.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024 * 0.7
+
+
+def show_cell(cell: dict) -> None:
+    parts = [f"{k} {v['seconds']:.2f} s {v['peak_bytes'] / 1e6:.0f} MB" for k, v in cell["passes"].items()]
+    parts += [f"skipped: {cell['skipped']}"] if "skipped" in cell else []
+    print(f"{cell['shape']:18}{cell['sequences']:4} sequences  {cell['dtype']:9} {'; '.join(parts)}")
+
+
+def growth(dtype: str) -> dict:
+    """Our peak memory at two lengths, beyond the gradient of hidden [T, D]."""
+    width = getattr(torch, dtype).itemsize
+    beyond = {}
+    for shape, sequences in GROWTH:
+        tokens, depth, _ = map(int, shape.split("x"))
+        peak = in_fresh_process("pass", shape, dtype, sequences, name="ours, OAPL")["peak_bytes"]
+        beyond[shape] = peak - tokens * depth * width
+    first, second = beyond.values()
+    return {"dtype": dtype, "beyond_hidden_gradient": beyond, "growth": second / first - 1}
+
+
+def show_growth(figures: dict) -> None:
+    parts = ", ".join(f"{shape} {value / 1e6:.0f} MB" for shape, value in figures["beyond_hidden_gradient"].items())
+    print(f"peak beyond the gradient of hidden, {figures['dtype']}: {parts}: {figures['growth']:+.1%}")
+
+
+def show_static(rows: list[dict]) -> None:
+    names = ("registers", "spills", "shared", "shared_limit", "instructions")
+    print(f"\n{'ahead of time':28}{'target':>9}" + "".join(f"{name:>14}" for name in names))
+    for row in rows:
+        cells = row.get("error") or "".join(f"{row[name]:>14}" for name in names)
+        print(f"{row['kernel']:28}{row['target']:>9}{cells}")
 
 
 def device_name() -> str:
     return torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
-def peak_flops() -> float:
-    return next((value for name, value in PEAK_FLOPS.items() if device_name().startswith(name)), float("inf"))
+def peak_flops(device: str) -> float:
+    return next((value for name, value in PEAK_FLOPS.items() if device.startswith(name)), float("inf"))
 
 
 def chart(results: list[dict]) -> str:
@@ -303,6 +369,35 @@ def chart(results: list[dict]) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">{bars}</svg>\n'
 
 
+def collect(options: argparse.Namespace) -> dict[str, list[dict]]:
+    """What was asked for, measured and shown one by one."""
+
+    def each(show_one, measured):
+        return [show_one(figures) or figures for figures in measured]
+
+    dtypes = options.dtypes
+    if options.static:
+        from benchmarks._ahead_of_time import side_by_side
+
+        rows = side_by_side()
+        show_static(rows)
+        return {"static": rows}
+    if options.sweep:
+        return {"sweep": each(show_cell, (sweep_cell(*cell, dtype) for dtype in dtypes for cell in SWEEP))}
+    if options.growth:
+        return {"growth": each(show_growth, map(growth, dtypes))}
+    rest = (options.sequences, options.rounds, not options.no_memory)
+    return {"results": each(show, (measure(shape, dtype, *rest) for shape in options.shapes for dtype in dtypes))}
+
+
+def show_all(figures: dict[str, list[dict]]) -> None:
+    for key, one in (("results", show), ("sweep", show_cell), ("growth", show_growth)):
+        for entry in figures.get(key, []):
+            one(entry)
+    if "static" in figures:
+        show_static(figures["static"])
+
+
 def main(argv: list[str]) -> int:
     """Print the tables; 0."""
     parser = argparse.ArgumentParser(prog="benchmarks kernels", description=__doc__.partition("\n")[0])
@@ -310,28 +405,34 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--sequences", type=int, default=8, help="equal sequences that the T tokens are")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions")
-    parser.add_argument("--sweep", action="store_true", help="T 1k to 64k, V 32k to 256k instead of --shapes")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
-    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--sweep", action="store_true", help="T 1k to 64k, V 32k to 256k, one 16k-token sequence")
+    parser.add_argument("--growth", action="store_true", help="peak memory at 2,048 and at 32,768 tokens")
+    parser.add_argument("--static", action="store_true", help="registers, spills, shared memory ahead of time")
+    parser.add_argument("--json", help="write the figures to this file, beside what else is in it")
+    parser.add_argument("--show", metavar="FILE", help="print the figures of such a file, measure nothing")
     parser.add_argument("--svg", help="draw the times to this file")
-    parser.add_argument("--worker", choices=["time", "memory", "error"], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=["time", "pass", "error"], help=argparse.SUPPRESS)
     parser.add_argument("--name", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.worker:
-        dtype = getattr(torch, options.dtypes[0])
-        print(
-            json.dumps(
-                worker(options.worker, options.shapes[0], dtype, options.sequences, options.rounds, options.name)
-            )
-        )
+        rest = (options.sequences, options.rounds, options.name)
+        print(json.dumps(worker(options.worker, options.shapes[0], getattr(torch, options.dtypes[0]), *rest)))
         return 0
-    results = []
-    for shape in SWEEP if options.sweep else options.shapes:
-        for dtype in options.dtypes:
-            results.append(measure(shape, dtype, options.sequences, options.rounds, not options.no_memory))
-            show(results[-1])
+    if options.show:
+        figures = json.loads(Path(options.show).read_text())
+        show_all(figures)
+    else:
+        figures = collect(options)
     if options.json:
-        Path(options.json).write_text(json.dumps({"device": device_name(), "results": results}, indent=1) + "\n")
+        file = Path(options.json)
+        known = json.loads(file.read_text()) if file.exists() else {}
+        for key, entries in figures.items():
+            kept = [] if key == "static" else known.get(key, [])
+            same = ("shape", "dtype", "sequences", "device")
+            new = [[entry.get(name) for name in same] for entry in entries]
+            known[key] = [e for e in kept if [e.get(name) for name in same] not in new] + entries
+        file.write_text(json.dumps(known, indent=1) + "\n")
     if options.svg:
-        Path(options.svg).write_text(chart(results))
+        Path(options.svg).write_text(chart(figures["results"]))
     return 0
