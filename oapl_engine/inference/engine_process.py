@@ -63,6 +63,7 @@ class EngineServer:
         self.counters = Counters(options["incarnation"])
         self.state = "complete"
         self.keep = False
+        self.asleep: set[str] = set()
         self.refused: dict[str, str] = {}
         self.gate = asyncio.Event()
         self.gate.set()
@@ -129,6 +130,7 @@ class EngineServer:
         )
 
     async def _complete(self, token_ids: list[int], params: Any) -> Any:
+        await self.wake(["kv_cache"])  # a version is attested before the scheduler wakes the cache
         self._names += 1
         output = None
         self.counters.samples_running += 1
@@ -176,13 +178,16 @@ class EngineServer:
             return
         self.gate.clear()
         await self.llm.sleep(level=2 if "weights" in tags else 1)
+        self.asleep = {"weights", "kv_cache"}
         if "weights" in tags:
             self.state = "incomplete"
 
     async def wake(self, tags: list[str]) -> None:
-        """Take device memory again; the gate stays closed until resume. Does nothing on CPU."""
-        if not self.on_cpu:
-            await self.llm.wake_up(tags or None)
+        """Take device memory again, where it was given back; the gate stays closed until resume."""
+        tags = [tag for tag in tags or sorted(self.asleep) if tag in self.asleep]
+        if tags:  # vLLM would map twice what is awake
+            await self.llm.wake_up(tags)
+            self.asleep -= set(tags)
 
     async def transfer(self, phase: str, payload: dict[str, Any]) -> dict[str, Any]:
         """One phase of a weight update. Returns {"state", "version", "error": None | str, "refused", "reports": one a
@@ -215,6 +220,8 @@ class EngineServer:
     async def _start(self, payload: dict[str, Any]) -> None:
         if self.gate.is_set():
             raise RuntimeError("weights can change only while generation is paused: call pause first")
+        if "weights" in self.asleep:
+            raise RuntimeError("the weights' memory was given back: call wake first")
         if payload["version"] <= self.arriving:
             raise ValueError(f"version {payload['version']} after {self.arriving}: versions only grow")
         await self.llm.pause_generation(mode="abort", clear_cache=True)

@@ -52,10 +52,11 @@ class Machine:
 
 @dataclass
 class Outcome:
-    """What a run would be like. Shares are of the time between the first and the last quarter of its steps.
+    """What a run would be like. seconds: until its last step.
 
-    training: share of time in optimizer steps; generation: share of the engines' slots in use; cleared: of the groups
-    that were finished, those that left the window untrained; lags: optimizer steps to groups trained at that lag.
+    Shares are of the time between the first and the last quarter of its steps. training: of it, in optimizer steps;
+    generation: of the engines' slots in use; cleared: of the finished groups, those that left the window untrained;
+    lags: lag in optimizer steps to the groups trained at it.
     """
 
     seconds: float
@@ -275,7 +276,7 @@ class _Run:
         steps = len(self.history) - 1
         (t0, a0, b0, n0), (t1, a1, b1, n1) = (self.history[i] for i in (steps // 4, steps - steps // 4))
         return Outcome(
-            seconds=self.now,
+            seconds=self.history[-1][0],
             training=(a1 - a0) / (t1 - t0),
             generation=(b1 - b0) / (t1 - t0) / self.slots,
             tokens_per_second=(n1 - n0) / (t1 - t0),

@@ -2,10 +2,7 @@
 
 import queue
 import random
-import sys
-import types
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -13,7 +10,7 @@ from hypothesis import strategies as st
 
 from oapl_engine.scheduler import core, driver
 from oapl_engine.scheduler import events as e
-from tests.scheduler.world import World, names
+from tests.scheduler.world import World, break_core, names
 
 
 def make(mode="phased", **kw):
@@ -191,12 +188,7 @@ MUTANTS = (  # what the judge must say, and the bug
 @pytest.mark.parametrize(("says", "right", "wrong"), MUTANTS)
 def test_the_judge_catches_a_planted_bug(says, right, wrong, monkeypatch):
     """Each promise can be broken: run a core with one bug and watch the judge object."""
-    source = Path(core.__file__).read_text()
-    assert right in source, "the mutant no longer fits the core"
-    mutant = types.ModuleType("oapl_engine.scheduler.mutant")
-    monkeypatch.setitem(sys.modules, mutant.__name__, mutant)
-    exec(source.replace(right, wrong), mutant.__dict__)
-    monkeypatch.setattr(core, "step", mutant.step)
+    break_core(monkeypatch, right, wrong)
 
     @settings(max_examples=2000, deadline=None, database=None, phases=[Phase.generate], derandomize=True)
     @given(worlds())

@@ -1,5 +1,9 @@
 """A machine that obeys the scheduler and judges it: it refuses a wrong order and remembers where every group ended."""
 
+import sys
+import types
+from pathlib import Path
+
 from oapl_engine.scheduler import core
 from oapl_engine.scheduler import events as e
 
@@ -176,3 +180,13 @@ class World:
 
 def names(log):
     return [type(x).__name__ for x in log]
+
+
+def break_core(monkeypatch, right, wrong):
+    """Run on a core in whose source `wrong` stands for `right`."""
+    source = Path(core.__file__).read_text()
+    assert right in source, "the mutant no longer fits the core"
+    mutant = types.ModuleType("oapl_engine.scheduler.mutant")
+    monkeypatch.setitem(sys.modules, mutant.__name__, mutant)
+    exec(source.replace(right, wrong), mutant.__dict__)
+    monkeypatch.setattr(core, "step", mutant.step)
