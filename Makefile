@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test prove lint setup docs clean
+.PHONY: quickstart test demo prove lint setup docs clean
 
 quickstart: setup
 	@$(BIN)/oapl train recipes/quickstart.toml
 
 test: setup
 	@$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+demo: setup
+	@$(BIN)/python -m experiments.demo
 
 prove: setup
 	@$(BIN)/python -m pytest tests -m "slow or gpu" --proofs=proofs.json $(ARGS)

@@ -44,7 +44,7 @@ def run_cells(recipe: str, cells: Sequence[Cell], out: Path, runs: Path, workers
     lock, started, failed, done = threading.Lock(), time.monotonic(), [0], [0]
 
     def work(cell: Cell) -> None:
-        row = run_cell(recipe, cell, runs / cell.name)
+        row = run_cell(recipe, cell, runs / cell.name, workers)
         with lock:
             out.parent.mkdir(parents=True, exist_ok=True)
             with out.open("a") as file:
@@ -60,12 +60,12 @@ def run_cells(recipe: str, cells: Sequence[Cell], out: Path, runs: Path, workers
     return failed[0]
 
 
-def run_cell(recipe: str, cell: Cell, run: Path) -> dict[str, Any]:
+def run_cell(recipe: str, cell: Cell, run: Path, workers: int = 1) -> dict[str, Any]:
     """Train, then what a study keeps of the run; the rollouts are removed, the last checkpoint stays."""
-    overrides = [word for name, value in cell.settings.items() for word in (f"--{name}", _toml(value))]
-    command = [sys.executable, "-m", "oapl_engine.cli", "train", recipe, "--run.dir", str(run), *overrides]
+    command = [sys.executable, "-m", "oapl_engine.cli", "train", recipe, "--run.dir", str(run)]
+    command += as_overrides(cell.settings)
     begun = time.monotonic()
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if workers > 1 else {})
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     row = {"name": cell.name, **cell.tags, "settings": dict(cell.settings), "seconds": time.monotonic() - begun}
     if done.returncode:
@@ -114,5 +114,7 @@ def read_rows(out: Path) -> dict[str, dict[str, Any]]:
     return {name: row for name, row in rows.items() if "failed" not in row}
 
 
-def _toml(value: Any) -> str:
-    return json.dumps(value).replace("Infinity", "inf")
+def as_overrides(settings: Mapping[str, Any]) -> list[str]:
+    """`--section.field value` words for the command line."""
+    values = {name: json.dumps(value).replace("Infinity", "inf") for name, value in settings.items()}
+    return [word for name, value in values.items() for word in (f"--{name}", value)]

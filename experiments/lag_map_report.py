@@ -158,7 +158,8 @@ def _curves(rows: dict[str, Row], folder: Path) -> Path:
                 axes.plot(CURVE * (0.5 + np.arange(curves.shape[1])), np.nanmean(curves, 0), label=objective)
         axes.set_xlabel("optimizer step, L=200")
         axes.set_ylabel(label)
-    panels[0].legend()
+    if panels[0].lines:
+        panels[0].legend()
     return _save(figure, folder / "lag_map_curves.svg")
 
 
@@ -175,7 +176,8 @@ def _generations(rows: dict[str, Row], folder: Path) -> Path:
             axes.plot(tokens, row["curves"]["reward_mean"], label=label if i == 0 else None)
     axes.set_xlabel("tokens generated")
     axes.set_ylabel("training reward")
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     return _save(figure, folder / "lag_map_generations.svg")
 
 
