@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "eval", _eval, "unbiased pass@k of models and runs on the same problems, with errors", "")
     for name, run, text in (
         ("rollouts", _rollouts, "export the rollouts of a run, one JSON object a line"),
-        ("figure", _figure, "draw a run: reward and held-out pass@1, lag, distance from the engine"),
+        ("figure", _figure, "draw a run: what it learned, or when it generated, verified, trained and published"),
         (
             "doctor",
             _doctor,
@@ -82,6 +82,7 @@ def _add(commands: argparse._SubParsersAction, name: str, run: Callable, text: s
         command.add_argument("run_dir", metavar="RUN", help="run directory")
     if name == "figure":
         command.add_argument("out", metavar="FILE", help="picture to write: .svg, .png or .pdf")
+        command.add_argument("--kind", choices=["learning", "gantt"], default="learning", help="gantt: who worked when")
     if name == "eval":
         command.add_argument(
             "models", metavar="MODEL_OR_RUN", nargs="+", help="model folder or name, or a run directory"
@@ -159,8 +160,10 @@ def _rollouts(arguments: argparse.Namespace, rest: list[str]) -> int:
 def _figure(arguments: argparse.Namespace, rest: list[str]) -> int:
     _refuse(rest)
     from oapl_engine.report.figure import plot_run
+    from oapl_engine.report.gantt import plot_gantt
 
-    plot_run(Path(arguments.run_dir), Path(arguments.out))
+    plot = plot_gantt if arguments.kind == "gantt" else plot_run
+    plot(Path(arguments.run_dir), Path(arguments.out))
     return OK
 
 

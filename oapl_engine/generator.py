@@ -325,8 +325,9 @@ class Generator:
             self.deaths = 0
             tokens = sum(r.response_tokens for r in group.rollouts)
             equal = len({r.reward for r in scored}) == 1
-            seconds = (time.time_ns() - max(r.finished_ns for r in group.rollouts)) / 1e9
-            self.inbox.put(e.GroupDone(group.id, tokens, group.version, equal, round(max(0.0, seconds), 4)))
+            now = time.time()
+            seconds = max(0.0, now - max(r.finished_ns for r in group.rollouts) / 1e9)
+            self.inbox.put(e.GroupDone(group.id, tokens, group.version, equal, round(seconds, 4), round(now, 4)))
         self._show_progress()
 
     def _show_progress(self) -> None:

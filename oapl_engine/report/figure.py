@@ -31,6 +31,11 @@ def plot_run(run_dir: Path, out: Path) -> None:
     bottom.set_ylabel("std ln π/π_vllm")
     bottom.set_xlabel("optimizer step")
     figure.suptitle(run_dir.name)
+    save(figure, out)
+
+
+def save(figure: Any, out: Path) -> None:
+    """Write a matplotlib figure; the same figure gives the same SVG. Raises ConfigError for an unknown ending."""
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)

@@ -324,6 +324,7 @@ def _bursts(record: list[tuple[float, driver.Message]], group_size: int, slots: 
         elif isinstance(message, e.GroupDone | e.GroupInvalid) and in_flight:
             in_flight -= 1
             tokens += getattr(message, "tokens", 0)
+            at = getattr(message, "done_at", 0.0) or at
             if not in_flight:
                 at_once = min(slots, groups * group_size)
                 yield at_once, (at - begin) * at_once / max(1, tokens)

@@ -8,6 +8,7 @@ import pytest
 from oapl_engine.config import ConfigError, Report
 from oapl_engine.report.display import Display
 from oapl_engine.report.figure import plot_run
+from oapl_engine.report.gantt import merged, plot_gantt, work_spans
 from oapl_engine.report.metrics import EXTRA, KEYS, MetricsWriter, read_metrics
 from oapl_engine.report.stopwatch import Stopwatch
 
@@ -52,6 +53,51 @@ def test_a_run_is_drawn(tmp_path):
         plot_run(tmp_path, tmp_path / "run.doc")
     with pytest.raises(ConfigError, match="metrics"):
         plot_run(tmp_path / "nowhere", tmp_path / "run.svg")
+
+
+EVENTS = [
+    (10.0, "command", "Submit", {"n": 2}),
+    (11.5, "event", "GroupDone", {"done_at": 11.0, "verify_seconds": 0.5}),
+    (11.5, "command", "Train", {}),
+    (14.0, "event", "GroupDone", {"done_at": 13.0, "verify_seconds": 0.25}),
+    (14.0, "event", "StepDone", {}),
+    (14.0, "command", "Publish", {}),
+    (15.0, "event", "Published", {}),
+    (15.0, "command", "Train", {}),
+    (99.0, "event", "EngineReady", {}),
+]
+
+
+def test_a_gantt_shows_what_overlaps(tmp_path):
+    """Groups that end while a step is trained are told at their own time; a killed run's last command has no end."""
+    rows = [{"at": at, "kind": kind, "name": name, **more} for at, kind, name, more in EVENTS]
+    spans = work_spans(rows)
+    assert spans["generate"] == [(10.0, 12.75)]
+    assert spans["verify"] == [(10.5, 11.0), (12.75, 13.0)]
+    assert (spans["train"], spans["publish"], spans["evaluate"]) == ([(11.5, 14.0)], [(14.0, 15.0)], [])
+    assert merged([(3, 4), (0, 1), (1, 2)]) == [(0, 2), (3, 4)]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot_gantt(tmp_path, tmp_path / "gantt.svg")
+    assert (tmp_path / "gantt.svg").read_text().count("PolyCollection") >= 4
+    with pytest.raises(ConfigError, match=r"events\.jsonl"):
+        plot_gantt(tmp_path / "nowhere", tmp_path / "gantt.svg")
+
+
+def test_live_progress_is_one_line_that_says_the_same(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    display = Display(steps=10, window=2, live=True)
+    try:
+        display.show_phase("generate", "8 groups to go")
+        row = {"reward_mean": 0.5, "loss": 0.1, "lag_mean": 3.0, "seconds_total": 2.0, "tokens_trained": 64.0}
+        for step in (1, 2):
+            display.show_step({"step": step, **row})
+        with display.console.capture() as shown:
+            display.console.print(display._table())
+    finally:
+        display.close()
+    for word in ("generate", "8 groups to go", "step 2/10", "reward 0.500", "lag 3", "32 tokens/s", "16 s left"):
+        assert word in shown.get()
+    assert Display(1, silent=True, live=True).live is None, "other ranks say nothing"
 
 
 def test_plain_progress_says_phase_step_reward_and_lag(capsys):
