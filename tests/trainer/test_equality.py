@@ -8,13 +8,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from oapl_kernels.objectives import oapl
+from oapl_kernels.objectives import OBJECTIVES, oapl
 
 from oapl_engine import config
 from oapl_engine.trainer import attention
 from oapl_engine.trainer.model import _prepare_training
+from oapl_engine.trainer.objective import make_objective
 from oapl_engine.trainer.packing import pack
-from oapl_engine.trainer.score import score
+from oapl_engine.trainer.score import score, scored_as
 from oapl_engine.trainer.step import accumulate_gradients
 
 BETA2 = 0.1
@@ -113,6 +114,25 @@ def test_micro_batches_add_up(share, make_policy, groups, relative):
     assert len(one) == 1
     assert len(many) > 6
     assert relative(ours(policy, many, 14)[1], ours(policy, one, 14)[1]) <= 5e-6
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_every_objective_adds_up_with_its_options(name, make_policy, groups, relative):
+    """The same with an entropy bonus and a KL to a reference: whole sequences, one normaliser for the step."""
+    policy, reference, items = make_policy("qwen3"), make_policy("llama"), groups.items(groups.ragged())
+    objective = make_objective(config.ObjectiveSection(name=name, reference_coefficient=0.1), BETA2)
+
+    def gradients(budget):
+        batches = scored_as("reference_logprob", reference, pack(items, budget, True), 1.0)
+        batches = scored_as("proximal_logprob", policy, batches, 1.0)
+        accumulate_gradients(policy, batches, objective, normalizer=14, temperature=1.0, entropy_coefficient=0.01)
+        found = {n: p.grad.clone() for n, p in policy.trainable().items()}
+        policy.model.zero_grad(set_to_none=True)
+        return len(batches), found
+
+    (many, parts), (one, whole) = gradients(60), gradients(10_000)
+    assert (many > 6, one) == (True, 1)
+    assert relative(parts, whole) <= 5e-6
 
 
 def test_checkpointed_activations(make_policy, groups, relative):
