@@ -30,12 +30,13 @@ def main(model, rollouts, out, groups="8", *switches):
     start = {name: p.detach().clone() for name, p in policy.trainable().items()}
     section = config.ObjectiveSection(beta1=float("inf"), beta2=0.1)
     file = read_rollouts(rollouts, Limits(32, 8, ()), policy.tokenizer).groups
+    file = [g for g in file if len({r.reward for r in g.scored()}) > 1]  # each trains something
     # A rank holds every world-th group in its own log, as the learner of that rank would.
     own = [g for i, g in enumerate(file) if i % ranks.world == ranks.rank]
     optimizer = make_optimizer(policy, config.Optimizer(learning_rate=3e-4))
     found = {}
     for step in range(STEPS):
-        chosen = [g.id for g in file[step * int(groups) % 40 :][: int(groups)]]
+        chosen = [g.id for g in file[step * int(groups) % 32 :][: int(groups)]]
         data = build_step(ranks.groups([g for g in own if g.id in chosen], chosen), section, 8)
         share = ranks.share(data.items)
         batches = policy.batches(share, 256, True)
