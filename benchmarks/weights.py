@@ -25,6 +25,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import oapl_engine  # noqa: F401  before torch: keeps its idle threads from spinning on shared cores
+
+# isort: split
 import numpy as np
 import torch
 

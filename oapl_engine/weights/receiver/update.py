@@ -56,6 +56,7 @@ class InPlaceUpdate:
         self.changed = 0
         self.elements = 0
         self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._kept = torch.zeros(0, dtype=torch.bool)
 
     def init(self, manifest: list[Any], layout: list[Any], buffers: dict[str, Any], unused: list[str]) -> None:
         """Record the plan and map the buckets. Raises PlanError."""
@@ -114,8 +115,16 @@ class InPlaceUpdate:
     def _scatter(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         for live, sent in pairs:
             arrived = sent.to(live.device)
-            self.changed += int(torch.count_nonzero(live != arrived))
+            differs = self._scratch(live)
+            torch.ne(live, arrived, out=differs)
+            self.changed += int(torch.count_nonzero(differs))
             live.copy_(arrived)
+
+    def _scratch(self, live: torch.Tensor) -> torch.Tensor:
+        """A bool tensor like live, in memory that is kept: fresh pages cost more than the comparison."""
+        if len(self._kept) < live.numel() or self._kept.device != live.device:
+            self._kept = torch.zeros(live.numel(), dtype=torch.bool, device=live.device)
+        return self._kept[: live.numel()].view(live.shape)
 
     def finish(self) -> None:
         for source in (s for sources in self.buckets.values() for s in sources):
