@@ -1,5 +1,6 @@
 """A stock vLLM server with our plugin takes the same updates over its own endpoints, and survives its trainers."""
 
+import re
 import subprocess
 import sys
 import urllib.request
@@ -16,6 +17,8 @@ from tests.weights.stock import StockServer
 
 pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.timeout(1800)]
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "weights.md"
+BLOCKS = [("", "api_server"), ("python", "Publisher")]
 PHASES = ["pause", "init", "start", "bucket", "finish", "attest", "resume"]
 KILLS = 15
 
@@ -87,6 +90,18 @@ def test_a_server_waits_paused_for_the_next_trainer_when_one_is_killed(server, p
         publish(server, version)
         assert server.greedy(prompts, NEW_TOKENS) == whole
     figure("trainers of a stock server killed, 0 mixed versions served", KILLS)
+
+
+def test_the_example_of_the_documentation_publishes(server, prompts):
+    text = DOCUMENT.read_text()
+    command, code = (re.search(rf"```{kind}\n([^`]*{mark}.*?)```", text, re.S)[1] for kind, mark in BLOCKS)
+    for flag in re.findall(r"--[a-z-]+|VLLM_[A-Z_]+", command):
+        assert flag in (Path(__file__).parent / "stock.py").read_text(), f"{flag}: this server runs without it"
+    change(server.model)
+    names = {"model": server.model, "url": server.url}
+    exec(compile(code.replace("version=1", "version=500"), DOCUMENT.name, "exec"), names)
+    assert names["report"].version == 500
+    assert server.greedy(prompts, NEW_TOKENS) == greedy(server.model, prompts)
 
 
 def test_a_server_that_is_resumed_in_mid_update_dies_rather_than_serve_a_mix(server, prompts):
