@@ -36,9 +36,12 @@ class Display:
         changed, self.phase, self.detail = phase != self.phase, phase, detail
         if self.live:
             self.live.update(self._table())
-        elif (changed and phase != "train") or time.monotonic() - self.last_plain > PLAIN_EVERY_SECONDS:
+        elif (changed and phase != "train" and self.window > 1) or self._is_late():
             self.last_plain = time.monotonic()
             self.say(f"{phase} {detail}".rstrip())
+
+    def _is_late(self) -> bool:
+        return time.monotonic() - self.last_plain > PLAIN_EVERY_SECONDS
 
     def show_step(self, row: dict[str, Any]) -> None:
         """A finished optimizer step: one row of metrics.jsonl."""
