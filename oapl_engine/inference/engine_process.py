@@ -97,7 +97,8 @@ class EngineServer:
         logprobs: list[float] = []
         spans: list[tuple[int, int, int]] = []
         while True:
-            await self.gate.wait()
+            while not self.gate.is_set():  # it may close again before we run
+                await self.gate.wait()
             output = await self._complete(prompt + tokens, self._params(how, index, len(tokens)))
             part, start = output.outputs[0], len(tokens)
             tokens += part.token_ids
@@ -164,8 +165,11 @@ class EngineServer:
             raise ValueError(f"pause mode {mode!r}: one of {', '.join(PAUSE_MODES)}")
         self.keep = mode == "keep"
         self.gate.clear()
-        await self.llm.pause_generation(mode=PAUSE_MODES[mode], clear_cache=True)
-        await self.llm.resume_generation()  # idle now, and the gate is closed: only score gets through
+        if self.counters.samples_running:
+            await self.llm.pause_generation(mode=PAUSE_MODES[mode], clear_cache=True)
+            await self.llm.resume_generation()  # idle now, and the gate is closed: only score gets through
+        else:
+            await self.llm.reset_prefix_cache()
 
     async def resume(self) -> None:
         """Open the gate. Refused unless the weights are those of one complete, attested version."""
@@ -224,7 +228,9 @@ class EngineServer:
             raise RuntimeError("the weights' memory was given back: call wake first")
         if payload["version"] <= self.arriving:
             raise ValueError(f"version {payload['version']} after {self.arriving}: versions only grow")
-        await self.llm.pause_generation(mode="abort", clear_cache=True)
+        if self.counters.samples_running:
+            raise RuntimeError(f"{self.counters.samples_running} requests are still being computed")
+        await self.llm.reset_prefix_cache()
         await self.llm.collective_rpc("abandon_weight_update")
         self.state, self.arriving = "incomplete", payload["version"]
         await self.llm.start_weight_update()
@@ -238,7 +244,6 @@ class EngineServer:
         if self.state != "incomplete":
             raise RuntimeError(f"finish without start: weights are {self.state}")
         await self.llm.finish_weight_update(str(self.arriving))
-        await self.llm.resume_generation()
         if cached := await self._cached_tokens():
             self.refused = {
                 "parameter": "prefix cache",

@@ -13,7 +13,7 @@ def fault():
 
 
 def keep_caches_when_asked():
-    """vLLM's pause_generation, and the fault "prefix cache kept" in it."""
+    """vLLM's two ways to clear its caches, and the fault "prefix cache kept" in them."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
     pause = AsyncLLM.pause_generation
@@ -21,7 +21,12 @@ def keep_caches_when_asked():
     async def faulty(self, *, mode="abort", clear_cache=True):
         await pause(self, mode=mode, clear_cache=clear_cache and fault() != "prefix cache kept")
 
-    AsyncLLM.pause_generation = faulty
+    reset = AsyncLLM.reset_prefix_cache
+
+    async def lazy(self, *arguments):
+        return True if fault() == "prefix cache kept" else await reset(self, *arguments)
+
+    AsyncLLM.pause_generation, AsyncLLM.reset_prefix_cache = faulty, lazy
 
 
 keep_caches_when_asked()

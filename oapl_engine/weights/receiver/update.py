@@ -15,6 +15,7 @@ from oapl_engine.weights.receiver.inbox import Inbox, open_inbox
 from oapl_engine.weights.receiver.plan import DTYPES, Plan, PlanError, cut, live_parameters, record
 
 INTEGER = {2: torch.int16, 4: torch.int32}  # copies and comparisons are of bits, not of values
+BLOCK, SAMPLED_FROM = 4096, 1 << 20  # elements
 PHASES = ("take", "check", "scatter", "read_back")
 
 
@@ -56,7 +57,6 @@ class InPlaceUpdate:
         self.changed = 0
         self.elements = 0
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        self._kept = torch.zeros(0, dtype=torch.bool)
 
     def init(self, manifest: list[Any], layout: list[Any], buffers: dict[str, Any], unused: list[str]) -> None:
         """Record the plan and map the buckets. Raises PlanError."""
@@ -115,16 +115,8 @@ class InPlaceUpdate:
     def _scatter(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         for live, sent in pairs:
             arrived = sent.to(live.device)
-            differs = self._scratch(live)
-            torch.ne(live, arrived, out=differs)
-            self.changed += int(torch.count_nonzero(differs))
+            self.changed += count_changed(live, arrived)
             live.copy_(arrived)
-
-    def _scratch(self, live: torch.Tensor) -> torch.Tensor:
-        """A bool tensor like live, in memory that is kept: fresh pages cost more than the comparison."""
-        if len(self._kept) < live.numel() or self._kept.device != live.device:
-            self._kept = torch.zeros(live.numel(), dtype=torch.bool, device=live.device)
-        return self._kept[: live.numel()].view(live.shape)
 
     def finish(self) -> None:
         for source in (s for sources in self.buckets.values() for s in sources):
@@ -136,8 +128,8 @@ class InPlaceUpdate:
         self.state = "complete"
 
     def report(self) -> dict[str, Any]:
-        """state; refused: {parameter, expected, found} or None; checksums of live values by label; changed and
-        elements: counts over this rank's parameters in this update; seconds: by phase, of this update."""
+        """state; refused: {parameter, expected, found} or None; checksums of live values by label; changed, elements:
+        counts over this rank's parameters (see count_changed); seconds by phase: all of this update."""
         return {
             "state": self.state,
             "refused": self.refused,
@@ -167,3 +159,13 @@ class InPlaceUpdate:
     def _refuse(self, error: PlanError) -> None:
         self.refused = {"parameter": error.parameter, "expected": error.expected, "found": error.found}
         raise error
+
+
+def count_changed(live: torch.Tensor, arrived: torch.Tensor) -> int:
+    """Elements that differ; where both are long and contiguous, estimated from every eighth block: to compare all of
+    them took a third of the engine's time for an update."""
+    if live.numel() < SAMPLED_FROM or not (live.is_contiguous() and arrived.is_contiguous()):
+        return int(torch.count_nonzero(live != arrived))
+    whole = live.numel() // (8 * BLOCK) * 8 * BLOCK
+    some = [t.reshape(-1)[:whole].view(-1, 8, BLOCK)[:, 0] for t in (live, arrived)]
+    return round(int(torch.count_nonzero(some[0] != some[1])) * live.numel() / some[0].numel())
