@@ -6,7 +6,7 @@ import fcntl
 import mmap
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -16,14 +16,16 @@ from oapl_engine.weights.receiver.group import broadcast, join
 SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
-class Inbox(Protocol):
-    """buffers: one u8 tensor a bucket buffer; take(index, length): its first `length` bytes are there from now on."""
+class Inbox:
+    """buffers: one u8 tensor a bucket buffer."""
 
     buffers: list[torch.Tensor]
 
-    def take(self, index: int, length: int) -> None: ...
+    def take(self, index: int, length: int) -> None:
+        """The first `length` bytes of a buffer are there from now on. Nothing to do where they are announced last."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self.buffers = []
 
 
 def open_inbox(description: dict[str, Any], rank: int, device: torch.device) -> Inbox:
@@ -40,7 +42,7 @@ def open_inbox(description: dict[str, Any], rank: int, device: torch.device) -> 
     raise ValueError(f"transport {transport!r}: this engine knows memfd, file, gloo, nccl and cuda_ipc")
 
 
-class MemfdInbox:
+class MemfdInbox(Inbox):
     """Maps the trainer's anonymous memory: nothing moves."""
 
     def __init__(self, description: dict[str, Any]) -> None:
@@ -59,14 +61,8 @@ class MemfdInbox:
         finally:
             os.close(fd)
 
-    def take(self, index: int, length: int) -> None:
-        """Nothing to do: the announcement came after the last byte."""
 
-    def close(self) -> None:
-        self.buffers = []
-
-
-class FileInbox:
+class FileInbox(Inbox):
     """Reads each bucket from a file in a folder that trainer and engine see."""
 
     def __init__(self, description: dict[str, Any]) -> None:
@@ -82,11 +78,8 @@ class FileInbox:
             if len(place) or file.read(1):
                 raise ValueError(f"{path} has {os.fstat(file.fileno()).st_size} bytes, {length} were announced")
 
-    def close(self) -> None:
-        self.buffers = []
 
-
-class GroupInbox:
+class GroupInbox(Inbox):
     """Takes part in a broadcast of each bucket, over gloo or nccl."""
 
     def __init__(self, description: dict[str, Any], rank: int, device: torch.device) -> None:
@@ -106,7 +99,7 @@ class GroupInbox:
             self.group = None
 
 
-class CudaInbox:
+class CudaInbox(Inbox):
     """Maps the trainer's device memory. take() orders our stream after the record that came before the announcement."""
 
     driver = CudaMemory()

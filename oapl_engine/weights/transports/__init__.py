@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 
-class Buckets(Protocol):
-    """Two buffers, filled in turn. views: u8 tensors [size] to fill; describe(): for receiver.inbox.open_inbox, JSON;
-    send(index, length): the first `length` bytes of a view are complete, called just before the engine is told;
-    wait(index): until the view may be filled again, after the engine answered; close(): nothing is left behind."""
+class Buckets:
+    """Two buffers, filled in turn. views: u8 tensors [size] to fill."""
 
     views: list[torch.Tensor]
 
-    def describe(self) -> dict[str, Any]: ...
+    def describe(self) -> dict[str, Any]:
+        """What receiver.inbox.open_inbox needs: plain JSON."""
+        raise NotImplementedError
 
-    def send(self, index: int, length: int) -> None: ...
+    def send(self, index: int, length: int) -> None:
+        """The first `length` bytes of a view are complete; called just before the engine is told. Nothing to do where
+        the engine reads them in place."""
 
-    def wait(self, index: int) -> None: ...
+    def wait(self, index: int) -> None:
+        """Until a view may be filled again, after the engine answered; its answer comes after its last read."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Nothing is left behind."""
+        raise NotImplementedError
 
 
 def make_buckets(transport: str, size: int, folder: Path | None = None, ranks: int = 1) -> Buckets:

@@ -1,7 +1,8 @@
 """Buckets in this process's GPU memory, mapped by an engine on the same node that sees the same GPU.
 
 A wait on a shared event orders a stream only after a record that was already issued: send() records, and the
-announcement that follows it is what makes the engine's wait mean anything.
+announcement that follows it is what makes the engine's wait mean anything. No event is needed for the way back: the
+engine answers after the checksum of what it wrote has come to its host.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from oapl_engine.weights.receiver.cuda_memory import CudaMemory
+from oapl_engine.weights.transports import Buckets
 
 
-class CudaBuckets:
+class CudaBuckets(Buckets):
     """Two device buffers and an event each. Raises ValueError where the allocator's memory cannot be shared."""
 
     driver = CudaMemory()
@@ -29,9 +31,6 @@ class CudaBuckets:
 
     def send(self, index: int, length: int) -> None:
         self.events[index].record()
-
-    def wait(self, index: int) -> None:
-        """Nothing to do: the engine answers after the checksum of what it wrote has come to its host."""
 
     def close(self) -> None:
         self.views, self.events = [], []

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from oapl_engine.weights.transports import Buckets
 
-class FileBuckets:
+
+class FileBuckets(Buckets):
     """Two files, rewritten in turn (mode 0600, folder 0700); both are gone after close()."""
 
     def __init__(self, size: int, folder: Path | None = None) -> None:
@@ -33,9 +35,6 @@ class FileBuckets:
             while len(rest):
                 rest = rest[file.write(rest) :]
         part.rename(self._path(index))
-
-    def wait(self, index: int) -> None:
-        """Nothing to do: the engine's answer comes after its last read."""
 
     def close(self) -> None:
         self.views = []

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from oapl_engine.weights.receiver.group import broadcast, join
+from oapl_engine.weights.transports import Buckets
 
 
-class GroupBuckets:
+class GroupBuckets(Buckets):
     """Two buffers and a thread that sends them. host: address of this node that the engine can reach; the store of the
     group listens there and nowhere else."""
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from oapl_engine.weights.transports import Buckets
+
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # the size is fixed; the bytes are refilled
 
 
-class MemfdBuckets:
+class MemfdBuckets(Buckets):
     """`count` buffers of `size` bytes each, size sealed."""
 
     def __init__(self, size: int, count: int = 2) -> None:
@@ -31,12 +33,6 @@ class MemfdBuckets:
     def describe(self) -> dict[str, Any]:
         """The engine opens /proc/<pid>/fd/<fd>, which only our own user may."""
         return {"transport": "memfd", "pid": os.getpid(), "fds": self._fds, "size": self.size}
-
-    def send(self, index: int, length: int) -> None:
-        """Nothing to do: the bytes are where the engine reads them."""
-
-    def wait(self, index: int) -> None:
-        """Nothing to do: the engine's answer comes after its last read."""
 
     def close(self) -> None:
         """Give the memory back once the engine has unmapped it too."""
