@@ -82,10 +82,13 @@ class Publisher:
         published whole) and what `control` raises."""
         clock = _Clock()
         with clock("total"):
+            if self._buckets is None:
+                self._layout = lay_out(self.named_tensors(), self.dtype, self.bucket_bytes)
             try:
                 buckets = self._prepare(version, clock)
             except Exception:
-                deque(self._gathered(), 0)  # the other ranks of a sharded trainer wait in these gathers
+                with contextlib.suppress(WeightMismatch):
+                    deque(self._gathered(), 0)  # the other ranks of a sharded trainer wait in these gathers
                 raise
             try:
                 with clock("transfer"):
@@ -135,7 +138,6 @@ class Publisher:
         return reply
 
     def _attach(self) -> Buckets:
-        self._layout = lay_out(self.named_tensors(), self.dtype, self.bucket_bytes)
         buckets = self._make_buckets(self._layout.size)
         dtype = str(self.dtype).removeprefix("torch.")
         manifest = [(name, dtype, list(shape)) for name, shape in self._layout.shapes.items()]
