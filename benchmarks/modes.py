@@ -18,12 +18,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks._machine import machine_of
 from oapl_engine.config import load_recipe
 from oapl_engine.report.metrics import read_metrics
 from oapl_engine.scheduler import events as e
 from oapl_engine.scheduler.core import settings_of
 from oapl_engine.scheduler.driver import read_timed_record
-from oapl_engine.scheduler.simulate import machine_of, simulate
+from oapl_engine.scheduler.simulate import simulate
 
 RECIPES = {"micro": "recipes/micro.toml", "smollm2": "recipes/quickstart.toml"}
 COMMON = {"micro": "--schedule.steps 128", "smollm2": "--schedule.steps 32 --schedule.groups_per_step 2"}
@@ -100,7 +101,7 @@ def measured(run: Path, record: list[tuple[float, Any]]) -> dict[str, Any]:
     rows = read_metrics(run / "metrics.jsonl")
     phases = {phase: sum(row[f"seconds_{phase}"] or 0.0 for row in rows) for phase in PHASES}
     seconds = steps[-1] - record[0][0]
-    tokens = sum(row["tokens_trained"] for row in rows)
+    tokens = sum(row["tokens_trained"] or 0.0 for row in rows)
     return {
         "seconds": seconds,
         "tokens_trained": tokens,

@@ -18,10 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks._machine import machine_of
 from oapl_engine.config import ConfigError, load_recipe
 from oapl_engine.scheduler import core
 from oapl_engine.scheduler.driver import read_timed_record
-from oapl_engine.scheduler.simulate import Machine, machine_of, simulate
+from oapl_engine.scheduler.simulate import Machine, simulate
 
 SCALES = (64, 128, 256, 512, 1024, 2048, 4096)
 SMALL = (1, 2, 8, 64)

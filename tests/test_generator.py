@@ -1,9 +1,15 @@
 """What the generator tells its user beside events."""
 
 import json
+import os
+from dataclasses import replace
 from types import SimpleNamespace
 
-from oapl_engine.generator import list_dropped
+import pytest
+
+from oapl_engine import config
+from oapl_engine.generator import Generator, engine_cores, list_dropped
+from oapl_engine.scheduler import events as e
 
 
 def test_prompts_over_the_limit_are_counted_and_listed(tmp_path):
@@ -14,3 +20,23 @@ def test_prompts_over_the_limit_are_counted_and_listed(tmp_path):
     list_dropped(SimpleNamespace(dropped={"p7": 90, "p9": 71}), 64, learner)
     assert json.loads((tmp_path / "dropped_prompts.json").read_text()) == {"p7": 90, "p9": 71}
     assert "2 prompts over data.max_prompt_tokens = 64" in said[0]
+
+
+def test_a_submit_is_dealt_to_all_ranks_whose_engine_serves():
+    generators = [
+        SimpleNamespace(rank=r, dealt=0, learner=SimpleNamespace(ranks=SimpleNamespace(world=3))) for r in range(3)
+    ]
+    shares = lambda command: [Generator._share(g, command) for g in generators]  # noqa: E731
+    assert shares(e.Submit(4)) == [2, 1, 1]
+    assert shares(e.Submit(2)) == [0, 1, 1]
+    assert shares(e.Submit(5, without=(1,))) == [3, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("mode", "threads", "cores"), [("async", 1, (1, 2)), ("async", 0, ()), ("async", 3, ()), ("phased", 1, ())]
+)
+def test_an_overlapped_engine_gets_the_cores_that_the_trainer_leaves(mode, threads, cores, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    recipe = config.Recipe(schedule=replace(config.Schedule(), mode=mode), run=replace(config.Run(), threads=threads))
+    assert engine_cores(recipe) == cores

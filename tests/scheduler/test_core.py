@@ -2,13 +2,15 @@
 
 import queue
 import random
+import threading
+import types
 from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from oapl_engine.scheduler import core, driver
+from oapl_engine.scheduler import agree, core, driver
 from oapl_engine.scheduler import events as e
 from tests.scheduler.world import World, break_core, names
 
@@ -215,3 +217,82 @@ def test_a_buffer_shares_storage_and_never_shows_it():
             _, queue = queue.take(1)
     assert len(queue) == 11
     assert len(queue._items) < 50
+
+
+def test_equal_groups_are_resampled_until_a_whole_credit_of_them_came():
+    state = make(steps=4, lag=2, credit=4, resample=True, evaluate=False)
+    for event in (e.EngineReady(0), e.Published(0)):
+        state, commands = core.step(state, event)
+    assert commands[-1] == e.Submit(4)
+    state, commands = core.step(state, e.GroupDone("a", 5, 0, equal=True))
+    assert commands == (e.Resample(("a",)), e.Submit(1))
+    state, commands = core.step(state, e.GroupDone("b", 5, 0))
+    assert commands == ()
+    for key in "cdef":
+        state, commands = core.step(state, e.GroupDone(key, 5, 0, equal=True))
+        assert commands == (e.Resample((key,)), e.Submit(1))
+    state, commands = core.step(state, e.GroupDone("g", 5, 0, equal=True))
+    assert commands == (), "it goes on with what comes"
+    assert [w.key for w in state.buffer] == ["b", "g"]
+
+
+def test_the_tail_is_kept_for_the_next_phase():
+    """Six groups for a phase that trains four: the slowest two pause, sleep with the engine, and go on after."""
+    state = make(steps=4, lag=2, credit=6, window=2, on_publish="keep", evaluate=False)
+    for event in (e.EngineReady(0), e.Published(0)):
+        state, commands = core.step(state, event)
+    assert commands[-1] == e.Submit(6)
+    for key in "abcd":
+        state, commands = core.step(state, e.GroupDone(key, 5, 0))
+    assert commands == (e.Pause("keep"), e.Sleep(("weights", "kv_cache")))
+    for event in (e.Slept(), e.StepDone(1), e.StepDone(2), e.CheckpointDone(2), e.Awake(), e.Published(1)):
+        state, commands = core.step(state, event)
+    assert commands[-1] == e.Submit(4), "four more, beside the two that go on"
+    assert state.in_flight == 6
+    state, _ = core.step(state, e.GroupDone("e", 5, 0))
+    assert [w.key for w in state.buffer] == ["e"], "its oldest token is one window old"
+
+
+def test_what_ranks_answer_together():
+    rows = lambda *answers: [a and e.to_row(a) for a in answers]  # noqa: E731
+    published, refused = e.Published(3), e.PublishFailed(3, "lm_head.weight")
+    assert agree._one_answer(rows(published, published)) == published
+    assert agree._one_answer(rows(published, refused)) == refused
+    assert agree._one_answer(rows(e.Interrupted(), published)) == published, "those that are left serve"
+    assert agree._one_answer(rows(e.Interrupted(), None)) == e.Interrupted()
+    assert agree._one_answer(rows(None, None)) is None
+
+
+def test_ranks_hear_the_same_in_the_same_order():
+    """Two ranks meet in rounds; what one hears, both hear, and an empty round is followed by another."""
+    inboxes = [queue.SimpleQueue(), queue.SimpleQueue()]
+    told, meet = [None, None], threading.Barrier(2)
+
+    def gather(rank):
+        def plain(value):
+            told[rank] = value
+            meet.wait(5)
+            everyone = list(told)
+            meet.wait(5)
+            return everyone
+
+        return plain
+
+    heard = [None, None]
+
+    def listen(rank):
+        ranks = types.SimpleNamespace(gather_plain=gather(rank))
+        answers = [None, e.Interrupted() if rank else e.Slept()]
+        hear = agree.listener(ranks)
+        heard[rank] = [hear(inboxes[rank], answers), hear(inboxes[rank], [])]
+
+    inboxes[1].put(e.GroupDone("from1", 5, 0))
+    inboxes[0].put(e.GroupDone("from0", 5, 0))
+    threads = [threading.Thread(target=listen, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    threading.Timer(0.1, inboxes[1].put, (e.Stop(),)).start()
+    for thread in threads:
+        thread.join(10)
+    first = [e.GroupDone("from0", 5, 0), e.GroupDone("from1", 5, 0), e.Slept()]
+    assert heard == [[first, [e.Stop()]]] * 2

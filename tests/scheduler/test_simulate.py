@@ -1,4 +1,4 @@
-"""Virtual time: a run by hand, failures, the idle bar, a machine read from a record; and no mode in what drives."""
+"""Virtual time: a run by hand, failures, the idle bar, and no mode in what drives."""
 
 import ast
 from dataclasses import replace
@@ -63,21 +63,6 @@ def test_engines_die_and_the_run_goes_on():
     assert outcome.failures > 3
     assert sum(outcome.lags.values()) == 120 * 8
     assert outcome == simulate.simulate(machine, settings), "the same arguments, the same outcome"
-
-
-def test_a_machine_is_read_from_a_record():
-    """Two bursts of different size give what a token costs alone and what each further sequence adds."""
-    done = [e.GroupDone(f"g{i}", 80, 0) for i in range(6)]
-    record = [
-        (0.0, e.Submit(2)), (1.0, done[0]), (3.2, done[1]), (3.2, e.Train(1, ())), (5.2, e.StepDone(1)),
-        (5.2, e.Publish(1)), (5.5, e.Published(1)), (5.5, e.Submit(4)), (9.7, done[2]), (9.8, done[3]), (9.9, done[4]),
-        (10.0, done[5]), (10.3, e.Train(2, ())), (14.3, e.StepDone(2)),
-    ]  # fmt: skip
-    machine = simulate.machine_of([record], group_size=8, slots=32)
-    assert machine.costs == pytest.approx({"Train": 3.0, "Publish": 0.3})
-    assert machine.tokens_mean == 10
-    slow, fast = ((machine.token_seconds + machine.crowding * n) * 10 for n in (32, 16))
-    assert (fast, slow) == pytest.approx((3.2, 4.5))
 
 
 @pytest.mark.parametrize("name", ["phased_two_ranks"])
