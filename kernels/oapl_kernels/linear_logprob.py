@@ -21,21 +21,17 @@ def _start(
     bias: Tensor | None,
     dtype: torch.dtype,
     ignore_index: int,
-    temperature: float,
-    softcap: float | None,
-    chunk_tokens: int | None,
-    backend: str,
-    group: str | None,
+    *rest: Any,
 ) -> tuple[Head, Tensor, Tensor, Tensor | None]:
     """The head, and hidden [t, D], this shard's target [t] and position [t] of tokens that are not ignored: the others
     cost nothing. position None: all."""
+    *options, group = rest
     vocabulary = Vocabulary(weight, group)
     counted = check_target(target, len(hidden), vocabulary.size, ignore_index, hidden.device)
     position = None if counted.all() else counted.nonzero()[:, 0]
     if position is not None:
         hidden, target = hidden[position], target[position]
-    options = HeadOptions(temperature, softcap, chunk_tokens, backend, vocabulary)
-    head = Head(weight.to(dtype), bias, options, len(hidden))
+    head = Head(weight.to(dtype), bias, HeadOptions._make([*options, vocabulary]), len(hidden))
     return head, hidden.to(dtype), vocabulary.local_target(target), position
 
 

@@ -102,32 +102,44 @@ class _Deferred:
             main.add_scaled(self.sums, scale)
 
 
+class _Call(NamedTuple):
+    """The arguments of `fused_policy_loss` that autograd does not look at."""
+
+    target: Tensor
+    offsets: list[int]
+    objective: Objective
+    inputs: PolicyInputs
+    normalizer: float
+    entropy_coefficient: float
+    weight_grad: Tensor | None
+    options: HeadOptions
+    wants: tuple[bool, bool, bool]
+
+
 @dataclass
 class _SinglePass:
     """One pass over the chunks; see the module's docstring."""
 
     head: Head
     hidden: Tensor
-    target: Tensor
-    objective: Objective
-    inputs: PolicyInputs
-    normalizer: float
-    entropy_coefficient: float
+    call: _Call
     hidden_gradient: Tensor | None
     main: WeightGradient
 
     def __post_init__(self) -> None:
-        self.functions = [fn for fn in (self.objective.fn, self.objective.token_fn) if fn is not None]
+        self.functions = [fn for fn in (self.call.objective.fn, self.call.objective.token_fn) if fn is not None]
         # Until a token's chunk is done its log-prob holds a finite stand-in: see _token_piece.
-        self.trained = torch.as_tensor(self.inputs.mask)
-        self.logprob = torch.where(self.trained, self.inputs.behavior_logprob, 0).to(self.head.dtype)
+        self.trained = torch.as_tensor(self.call.inputs.mask)
+        self.logprob = torch.where(self.trained, self.call.inputs.behavior_logprob, 0).to(self.head.dtype)
         self.entropy = torch.zeros_like(self.logprob)
         self.loss = self.logprob.new_zeros((), dtype=torch.float64)  # parts may cancel
         self.want_weight = self.main.weight is not None or self.main.bias is not None
         self.differentiate = self.want_weight or self.hidden_gradient is not None
         self.entropy_row = None
-        if self.entropy_coefficient:
-            self.entropy_row = self.trained.to(self.head.dtype) * (-self.entropy_coefficient / self.normalizer)
+        if self.call.entropy_coefficient:
+            self.entropy_row = self.trained.to(self.head.dtype) * (
+                -self.call.entropy_coefficient / self.call.normalizer
+            )
         self.deferred: _Deferred | None = None
         self.spare: Tensor | None = None
 
@@ -136,10 +148,10 @@ class _SinglePass:
             rows = slice(chunk.start, chunk.end)
             sequence = slice(offsets[chunk.first], offsets[chunk.last])
             logits = self.head.logits(self.hidden[rows])
-            stats = self.head.statistics(logits, self.target[rows])
+            stats = self.head.statistics(logits, self.call.target[rows])
             self.logprob[rows], self.entropy[rows] = stats[0], stats[1]
-            part = self.inputs.sequences(chunk.first, chunk.last, sequence.start, sequence.stop)
-            if chunk.piece and self.objective.scope == "sequence":
+            part = self.call.inputs.sequences(chunk.first, chunk.last, sequence.start, sequence.stop)
+            if chunk.piece and self.call.objective.scope == "sequence":
                 self._sequence_piece(chunk, sequence, part, logits, stats)
             else:
                 self._known(chunk, sequence, part, logits, stats)
@@ -152,8 +164,8 @@ class _SinglePass:
     ) -> tuple[Tensor, Tensor | None]:
         loss, derivative = evaluate(functions, self.logprob[sequence], part, self.differentiate)
         if derivative is not None:
-            derivative = torch.where(self.trained[sequence], derivative, 0).to(self.head.dtype) / self.normalizer
-        return loss.double() / self.normalizer, derivative
+            derivative = torch.where(self.trained[sequence], derivative, 0).to(self.head.dtype) / self.call.normalizer
+        return loss.double() / self.call.normalizer, derivative
 
     def _known(self, chunk: Chunk, sequence: slice, part: PolicyInputs, logits: Tensor, stats: Tensor) -> None:
         """Whole sequences, or a piece under a token objective: there the derivative at the piece's own tokens does
@@ -179,18 +191,20 @@ class _SinglePass:
             elif self.hidden_gradient is not None:
                 self.hidden_gradient[chunk.start : chunk.end].zero_()
             ones = self.trained[chunk.start : chunk.end].to(self.head.dtype)
-            grad = self.head.gradient(logits, self.target[chunk.start : chunk.end], stats, ones, None)
+            grad = self.head.gradient(logits, self.call.target[chunk.start : chunk.end], stats, ones, None)
             hidden = self.hidden[chunk.start : chunk.end]
             self.deferred.add(self.head, grad, hidden, place, self.hidden_gradient is not None)
         if chunk.end == sequence.stop:
             self._close(sequence, part, token_functions)
 
     def _close(self, sequence: slice, part: PolicyInputs, token_functions: list[LossFunction]) -> None:
-        loss, derivative = self._evaluate([self.objective.fn], sequence, part)
+        loss, derivative = self._evaluate([self.call.objective.fn], sequence, part)
         self.loss += loss + self._evaluate(token_functions, sequence, part)[0]
         if derivative is None or self.deferred is None:
             return
-        self.deferred.close(derivative, self.trained[sequence], self.hidden[sequence], self.main, self.objective.name)
+        self.deferred.close(
+            derivative, self.trained[sequence], self.hidden[sequence], self.main, self.call.objective.name
+        )
         if self.hidden_gradient is not None:
             own = self.hidden_gradient[sequence]
             own.copy_(own + self.deferred.hidden * derivative[:, None])
@@ -206,31 +220,17 @@ class _SinglePass:
             return
         rows = slice(chunk.start, chunk.end)
         entropy_row = None if self.entropy_row is None else self.entropy_row[rows]
-        grad = self.head.gradient(logits, self.target[rows], stats, coefficient, entropy_row)
+        grad = self.head.gradient(logits, self.call.target[rows], stats, coefficient, entropy_row)
         if self.hidden_gradient is not None:
             hidden_product(grad, self.head.weight, self.hidden_gradient[rows])
         if self.want_weight:
             self.main.add(grad, self.hidden[rows])
 
 
-class _Call(NamedTuple):
-    """The arguments of `fused_policy_loss` that autograd does not look at."""
-
-    target: Tensor
-    offsets: list[int]
-    objective: Objective
-    inputs: PolicyInputs
-    normalizer: float
-    entropy_coefficient: float
-    weight_grad: Tensor | None
-    options: HeadOptions
-    wants: tuple[bool, bool, bool]
-
-
 class _FusedPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: "_Call"
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         dtype = compute_dtype(hidden)
@@ -245,17 +245,8 @@ class _FusedPolicyLoss(torch.autograd.Function):
             # fp16 cannot hold unscaled policy gradients: they are narrowed after the upstream gradient.
             kept = head.dtype if dtype == torch.float16 else dtype
             hidden_sum = scratch(*hidden.shape, dtype=kept, device=hidden.device) if want_hidden else None
-            single = _SinglePass(
-                head,
-                hidden,
-                head.vocabulary.local_target(call.target),
-                call.objective,
-                call.inputs,
-                call.normalizer,
-                call.entropy_coefficient,
-                hidden_sum,
-                main,
-            )
+            call = call._replace(target=head.vocabulary.local_target(call.target))
+            single = _SinglePass(head, hidden, call, hidden_sum, main)
             single.run(call.offsets)
             if hidden_sum is not None:
                 head.vocabulary.reduce(hidden_sum)
