@@ -536,7 +536,7 @@ def _check_built(r: Recipe) -> None:
     if r.rollout.engines > 1 or r.rollout.urls:
         raise ConfigError(
             f"rollout.engines = {r.rollout.engines}, rollout.urls = {r.rollout.urls}: this version drives one engine "
-            "of its own; set engines = 1 and urls = []"
+            "of its own a rank; set engines = 1 and urls = [], and for more start torchrun with --nproc-per-node N"
         )
 
 

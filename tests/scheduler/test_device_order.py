@@ -71,6 +71,9 @@ class FakeLLM:
     async def pause_generation(self, mode, clear_cache):
         pass
 
+    async def reset_prefix_cache(self, *_, **__):
+        return True
+
     async def resume_generation(self):
         pass
 
