@@ -65,8 +65,8 @@ class Data:
 
     source: Literal["micro", "reasoning_gym", "jsonl", "parquet", "hf", "benchmark"] = Field(
         default="reasoning_gym",
-        description="micro: generated sort / addition; benchmark: aime25, math500, …, from the hub or data.path; parquet "
-        "and jsonl hold rollouts in offline mode",
+        description="micro: generated sort / addition; benchmark: aime25, math500, …, from the hub or data.path; "
+        "parquet and jsonl hold rollouts in offline mode",
     )
     task: str = Field(
         default="", description="task name within the source (reasoning-gym data set, micro task, hub data set)"
@@ -147,7 +147,7 @@ class Schedule:
     on_publish: Literal["drain", "abort", "keep"] = Field(
         default="drain",
         description="groups in flight at a publish are waited for, ended, or kept (they go on under the new version); "
-        "phased with abort or keep: those of a credit over lag x groups_per_step, so that no phase waits for the slowest",
+        "phased with abort or keep: those of a credit over lag x groups_per_step, so that nothing waits for the slowest",
     )
     window: int = Field(default=0, ge=0, description="policy versions kept for training; 0: 1, or 2 in async and keep")
     credit: int = Field(
