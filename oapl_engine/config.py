@@ -147,7 +147,7 @@ class Schedule:
     on_publish: Literal["drain", "abort", "keep"] = Field(
         default="drain",
         description="groups in flight at a publish are waited for, ended, or kept (they go on under the new version); "
-        "phased with abort or keep: those of a credit over lag x groups_per_step, so that nothing waits for the slowest",
+        "phased with abort or keep: those of a credit over lag x groups_per_step, so that none waits for the slowest",
     )
     window: int = Field(default=0, ge=0, description="policy versions kept for training; 0: 1, or 2 in async and keep")
     credit: int = Field(
