@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 from oapl_kernels import PolicyInputs, compiler, fused_policy_loss, linear_logprob, matmul
-from oapl_kernels.chunks import default_chunk_tokens
+from oapl_kernels.chunks import default_chunk_tokens, plan_chunks
 from oapl_kernels.objectives import Objective, grpo, oapl
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -146,16 +146,15 @@ def contestants() -> dict[str, Callable[[Problem], Tensor]]:
 
 
 def products(p: Problem) -> None:
-    """The three matrix products of our own pass, and nothing else."""
+    """The three matrix products of our own pass, chunk by chunk, and nothing else."""
     hidden, weight = p.hidden.detach(), p.weight.detach()
     native = matmul.multiplies_natively(weight.dtype, DEVICE.type)
     logits = torch.zeros(p.chunk, len(weight), device=DEVICE, dtype=matmul.wide(weight.dtype))
     grad = logits.to(weight.dtype) if native else logits
     out = torch.empty_like(hidden)
     total = matmul.WeightGradient(torch.empty(weight.shape, device=DEVICE), None, empty=True)
-    for start in range(0, len(hidden), p.chunk):
-        rows = slice(start, min(start + p.chunk, len(hidden)))
-        size = rows.stop - start
+    for chunk in plan_chunks(p.offsets.tolist(), p.chunk):
+        rows, size = slice(chunk.start, chunk.end), chunk.end - chunk.start
         matmul.project(hidden[rows], weight, logits[:size])
         matmul.hidden_product(grad[:size], weight, out[rows])
         total.add(grad[:size], hidden[rows])
