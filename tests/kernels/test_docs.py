@@ -47,3 +47,12 @@ def test_the_verl_example_matches_plain_torch(examples):
     logs = torch.log_softmax(hidden @ weight.T / 1.3, -1)
     torch.testing.assert_close(logprob, logs.gather(2, ids[..., None])[..., 0])
     torch.testing.assert_close(entropy, -(logs.exp() * logs).sum(-1))
+
+
+def test_the_figures_are_those_of_the_file(capsys):
+    from benchmarks import kernels
+
+    assert kernels.main(["--show", str(DOCUMENT.parents[1] / "benchmarks" / "data" / "kernels.json")]) == 0
+    shown = [line.rstrip() for line in capsys.readouterr().out.strip().splitlines()]
+    assert "\n".join(shown) in DOCUMENT.read_text()
+    assert len(shown) > 20
