@@ -244,7 +244,8 @@ class Publisher:
             if self.golden:
                 engine = [self.control("score", {"token_ids": list(p)}) for p in self.golden.prompts]
                 trainer = self.golden.trainer_logprobs(self.golden.prompts)
-                check_staleness(self.golden.tolerance, engine, trainer, self._before)
+                if any(report["changed"] for report in reports):  # small steps of float32 may round away in bfloat16
+                    check_staleness(self.golden.tolerance, engine, trainer, self._before)
                 gap = check_golden(self.golden.tolerance, engine, trainer)
                 self._before = engine, trainer
         except WeightMismatch:

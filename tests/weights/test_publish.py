@@ -201,7 +201,7 @@ def test_live_bytes_that_differ_from_what_was_sent_are_refused_by_name(pair):
 
 
 def test_old_log_probs_where_the_trainers_moved_are_refused_as_stale(pair):
-    engine, publisher, _ = pair
+    engine, publisher, trainer = pair
     engine.answers = np.full(3, -2.0, np.float32)
     moving = [np.full(3, -2.0, np.float32)]
     publisher.golden = Golden([[1, 2, 3, 4]], lambda prompts: [moving[0]], 1e-3)
@@ -209,8 +209,11 @@ def test_old_log_probs_where_the_trainers_moved_are_refused_as_stale(pair):
     moving[0] = moving[0] + 5e-5
     publisher.publish(2)
     moving[0] = moving[0] + 2e-4
+    publisher.publish(3)  # not a bit of the engine's changed: its log-probs may stay
+    moving[0] = moving[0] + 2e-4
+    change(trainer)
     with pytest.raises(WeightMismatch, match="golden prompts: expected new log-probs"):
-        publisher.publish(3)
+        publisher.publish(4)
     assert not engine.serving
 
 
