@@ -1,4 +1,4 @@
-"""Tables and pictures of the lag map: `python -m experiments.lag_map_report` prints the tables, draws docs/figures/.
+"""Tables and pictures of the lag map: `python -m experiments.lag_map_report` writes docs/results.md and docs/figures/.
 
 Intervals are one standard error over seeds; where there is one seed, over problems. Values are the last, not the best.
 """
@@ -17,6 +17,9 @@ import numpy as np
 from experiments.cells import CURVE, ROOT, read_rows
 from experiments.lag_map import DATA, HELD_OUT, LAGS, SETTINGS, TUNED_AT, tuning_score
 from oapl_engine.evaluation.pass_at_k import mean_and_error, pass_at_k_each
+
+PAGE = ROOT / "docs" / "results.md"
+BEGIN, END = "<!-- written by experiments/lag_map_report.py -->", "<!-- until here -->"
 
 Row = dict[str, Any]
 
@@ -182,24 +185,34 @@ def _generations(rows: dict[str, Row], folder: Path) -> Path:
 
 
 def report(rows: dict[str, Row]) -> str:
-    """All tables as Markdown."""
+    """All tables as Markdown, and how much of the study they rest on."""
+    done = {kind: sum(row["kind"].startswith(kind) for row in rows.values()) for kind in ("tune", "map", "variant")}
+    state = f"Runs so far: {done['tune']} of tuning, {done['map']} of the map, {done['variant']} of the variants."
     parts = [("Tuning", tuning_table(rows)), ("Map", map_table(rows)), ("pass@10", map_table(rows, 10))]
     parts += [("OAPL against the best other", crossover(rows)), ("Variants", variant_table(rows))]
-    return "\n\n".join("\n".join([f"### {title}", "", *lines]) for title, lines in parts)
+    return "\n\n".join([state, *("\n".join([f"### {title}", "", *lines]) for title, lines in parts if lines)])
+
+
+def with_tables(page: str, tables: str) -> str:
+    """The page with what stands between its markers replaced."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{tables}\n{END}{after}"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.lag_map_report")
     parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures")
     arguments = parser.parse_args(argv)
     rows = read_rows(arguments.data)
     if not rows:
         print(f"error: {arguments.data} holds no finished cell: python -m experiments.lag_map all", file=sys.stderr)
         return 2
-    print(report(rows))
+    arguments.page.write_text(with_tables(arguments.page.read_text(), report(rows)))
     for path in draw(rows, arguments.figures):
-        print(f"wrote {path}", file=sys.stderr)
+        print(f"wrote {path}")
     return 0
 
 

@@ -17,7 +17,7 @@ from experiments.lag_map import (
     tuning_cells,
     variant_cells,
 )
-from experiments.lag_map_report import crossover, draw, map_table, report
+from experiments.lag_map_report import PAGE, crossover, draw, map_table, report, with_tables
 from experiments.value_bias import SIZES, bias
 from oapl_engine.config import load_recipe
 
@@ -79,10 +79,9 @@ def test_the_bias_of_the_value_is_of_order_one_over_g():
         assert scaled[-1] == pytest.approx(scaled[-2], rel=0.02)
 
 
-def test_the_committed_data_can_be_read():
-    rows = read_rows(DATA)
-    assert rows
-    assert all(row["evaluations"][0]["step"] == 0 for row in rows.values())
+def test_the_page_says_what_the_committed_data_say():
+    page = PAGE.read_text()
+    assert with_tables(page, report(read_rows(DATA))) == page, "run python -m experiments.lag_map_report"
 
 
 @pytest.mark.live
