@@ -76,6 +76,7 @@ def report(folder: Path, names: list[str]) -> dict[str, Any]:
     settings = {name: settings_of(load_recipe(folder / name / "config.toml")) for name in names}
     groups = load_recipe(folder / names[0] / "config.toml").schedule.group_size
     machines = {name: machine_of([records[name]], groups) for name in names if name != "async"}
+    machines["sync and phased"] = machine_of([records["sync"], records["phased"]], groups)
     print(f"{'run':18}{'seconds':>9}{'tokens':>9}{'tokens/s':>10}   own simulation, ratio   foretold from: ratio")
     rows = {}
     for name in names:

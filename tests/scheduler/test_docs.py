@@ -1,5 +1,6 @@
 """The examples of docs/scheduler.md run, and it names only what there is."""
 
+import json
 import re
 
 from oapl_engine.cli import _parser
@@ -28,3 +29,15 @@ def test_what_it_names_exists():
         assert (ROOT / "benchmarks" / f"{name}.py").exists(), name
     for line in re.findall(r"`oapl (figure [^`]+)`", TEXT):
         assert _parser().parse_args(line.split()).kind == "gantt"
+
+
+def test_its_figures_are_the_committed_ones():
+    micro, smollm2 = (
+        json.loads((ROOT / "benchmarks" / "data" / f"modes_{m}.json").read_text()) for m in ("micro", "smollm2")
+    )
+    assert f"micro {micro['phased_over_sync']:.2f}x, SmolLM2 {smollm2['phased_over_sync']:.2f}x" in TEXT
+    assert f"against phased on both: {micro['async_over_phased']:.2f}x" in TEXT
+    for run in (*micro["runs"].values(), *smollm2["runs"].values()):
+        assert f"| {run['seconds']:.1f} | {run['tokens_per_second']:.0f} |" in TEXT
+    for picture in re.findall(r"\]\((figures/\S+)\)", TEXT):
+        assert (ROOT / "docs" / picture).exists()
