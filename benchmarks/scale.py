@@ -5,7 +5,7 @@ lengths, verdicts, engines that die, costs of sleep, wake, publish. The costs be
 80 GB GPUs, or, with --run, those of a run of yours, from its events.jsonl. Every advice is for its machine alone.
 
     python -m benchmarks scale [--devices 64,4096] [--json FILE] [--svg FILE]
-    python -m benchmarks scale --run runs/micro [--json FILE]
+    python -m benchmarks scale --run runs/sync --run runs/phased [--json FILE]
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def main(argv: list[str]) -> int:
     """Print the tables and the advice; 0, or 3 where the idle bar is missed, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="benchmarks scale", description=__doc__.partition("\n")[0])
     parser.add_argument("--devices", help="device counts of the scaling table, by commas")
-    parser.add_argument("--run", help="run directory: simulate its machine instead of the assumed one")
+    parser.add_argument("--run", action="append", help="run directory: simulate its machine; several: of all together")
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--svg", help="draw them into this file")
     options = parser.parse_args(argv)
     try:
-        figures = of_run(Path(options.run)) if options.run else of_gpus(_devices(options.devices))
+        figures = of_runs([Path(run) for run in options.run]) if options.run else of_gpus(_devices(options.devices))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -166,12 +166,16 @@ def advise(cells: list[dict[str, Any]]) -> str:
     return line
 
 
-def of_run(run: Path) -> dict[str, Any]:
-    """Modes and L on the machine of a run, from its durations. One device: async would need another."""
-    if not (run / "events.jsonl").exists():
-        raise ConfigError(f"{run} holds no events.jsonl: name the directory of a run with an engine")
-    recipe = load_recipe(run / "config.toml")
-    machine = machine_of([read_timed_record(run / "events.jsonl")], recipe.schedule.group_size)
+def of_runs(runs: list[Path]) -> dict[str, Any]:
+    """Modes and L on the machine of these runs, from their durations. One device: async would need another."""
+    for run in runs:
+        if not (run / "events.jsonl").exists():
+            raise ConfigError(f"{run} holds no events.jsonl: name the directory of a run with an engine")
+    recipe = load_recipe(runs[0] / "config.toml")
+    records = [read_timed_record(run / "events.jsonl") for run in runs]
+    machine = machine_of(records, recipe.schedule.group_size)
+    if not machine.crowding:
+        print("these runs generated in bursts of one size: give one with another L too, or trust only this L")
     per_step, steps = recipe.schedule.groups_per_step, recipe.schedule.steps
     print(f"measured: {machine}\n" + "mode       L   tokens/s   training   generation   seconds")
     cells = []

@@ -38,8 +38,10 @@ def test_it_scales_advises_and_draws(tmp_path, capsys, monkeypatch):
 
 
 def test_the_machine_of_a_run(run, capsys):
-    assert scale.main(["--run", str(run)]) == 0
-    assert "for this machine take mode = " in capsys.readouterr().out
+    assert scale.main(["--run", str(run), "--run", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "for this machine take mode = " in out
+    assert "bursts of one size" in out, "nothing is said of what it cannot know"
 
 
 def test_the_committed_figures_are_of_this_format_and_meet_the_bar():
