@@ -261,3 +261,16 @@ def test_a_layout_never_overlaps_stays_within_its_bucket_and_splits_between_rows
     assert covered == {name: t.numel() for name, t in tensors}
     assert [p.count for p in layout.pieces if p.name == "4"] == [200] * 5, "two rows of 100 fit"
     assert [p.count for p in layout.pieces if p.name == "6"] == [256] * 5 + [120], "not one row of 700 fits"
+
+
+def test_a_dead_engine_is_the_cause_that_is_told_even_where_a_tensor_is_missing_too(pair):
+    engine, publisher, trainer = pair
+    publisher.publish(1)
+    del trainer["v"]
+
+    def dead(payload):
+        raise ConnectionError("gone")
+
+    engine.before["pause"] = dead
+    with pytest.raises(ConnectionError, match="gone"):
+        publisher.publish(2)
