@@ -134,6 +134,7 @@ class Generator:
     in_flight: dict[str, Attempt] = field(default_factory=dict)
     deaths: int = 0
     dealt: int = 0
+    said_lost: int = -1
     golden: list[NDArray[np.float32]] | None = None
     deaths_seen: queue.SimpleQueue[Engine | None] = field(default_factory=queue.SimpleQueue)
     since: float = 0.0
@@ -314,8 +315,9 @@ class Generator:
             if lost and attempt.attempt == 0:  # once: a prompt that kills engines must not kill them all
                 self.retries.append(Attempt(attempt.prompt, attempt.position, attempt.attempt + 1))
         if lost:
-            if attempt.incarnation == self.engine.options.incarnation:  # before the group: nobody must submit again yet
-                self.inbox.put(e.EngineLost(self.rank))
+            if self.said_lost < attempt.incarnation == self.engine.options.incarnation:
+                self.said_lost = attempt.incarnation
+                self.inbox.put(e.EngineLost(self.rank))  # before the group: nobody must submit again yet
             self.learner.journal.dispose([r.key for r in scored], "lost")
             self.inbox.put(e.GroupInvalid(group.id, "its engine died"))
         elif len(scored) < 2:

@@ -165,6 +165,10 @@ def test_a_dead_engine_is_replaced_and_the_run_ends_with_the_accounts_right(word
     messages = driver.read_record(run / "events.jsonl")
     assert any(isinstance(m, e.EngineLost) for m in messages)
     assert sum(isinstance(m, e.EngineReady) for m in messages) == 2
+    lost = next(i for i, m in enumerate(messages) if isinstance(m, e.EngineLost))
+    back = next(i for i, m in enumerate(messages) if isinstance(m, e.EngineReady) and i > lost)
+    assert not any(isinstance(m, e.GroupInvalid) for m in messages[:lost]), "a group was lost before its engine"
+    assert not any(isinstance(m, e.Submit) for m in messages[lost:back]), "prompts were given to a dead engine"
     last = read_metrics(run / "metrics.jsonl")[-1]
     assert last["step"] == 24
     assert all(tokens >= 0 for tokens in last["ledger"].values())
