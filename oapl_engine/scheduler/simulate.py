@@ -127,12 +127,12 @@ class _Run:
             e.Pause: self.pause,
             e.Resume: self.resume,
             e.Sleep: self.sleep,
-            e.Wake: lambda c: self._spend(c) or (e.Awake() if "weights" in c.tags else None),
+            e.Wake: lambda c: self._spend(c, e.Awake() if "weights" in c.tags else None),
             e.Publish: self.publish,
             e.Train: self.train,
             e.Clear: self.clear,
-            e.Checkpoint: lambda c: self._spend(c) or e.CheckpointDone(c.step),
-            e.Evaluate: lambda c: self._spend(c) or e.EvaluationDone(c.step),
+            e.Checkpoint: lambda c: self._spend(c, e.CheckpointDone(c.step)),
+            e.Evaluate: lambda c: self._spend(c, e.EvaluationDone(c.step)),
         }
 
     def get(self, block: bool = True, timeout: float | None = None) -> e.Event:
@@ -245,8 +245,9 @@ class _Run:
     def clear(self, command: e.Clear) -> None:
         self.cleared += len(command.keys)
 
-    def _spend(self, command: e.Command) -> None:
+    def _spend(self, command: e.Command, answer: e.Event | None = None) -> e.Event | None:
         self.now += self.machine.costs.get(type(command).__name__, 0.0)
+        return answer
 
     def _arrive(self, time: float, event: e.Event) -> None:
         self.count += 1
