@@ -67,6 +67,8 @@ class EngineServer:
         self.refused: dict[str, str] = {}
         self.gate = asyncio.Event()
         self.gate.set()
+        self.idle = asyncio.Event()
+        self.idle.set()
         self._names = 0
         block: int = llm.vllm_config.cache_config.block_size
         self.canary = [1] * min(block + 1, options["max_model_len"] - 1)  # just long enough to be cached
@@ -135,12 +137,15 @@ class EngineServer:
         self._names += 1
         output = None
         self.counters.samples_running += 1
+        self.idle.clear()
         try:
             prompt = {"type": "token", "prompt_token_ids": token_ids}
             async for latest in self.llm.generate(prompt, params, str(self._names)):
                 output = latest
         finally:
             self.counters.samples_running -= 1
+            if not self.counters.samples_running:
+                self.idle.set()
         return output
 
     async def score(self, token_ids: list[int]) -> bytes:
@@ -167,7 +172,8 @@ class EngineServer:
         self.gate.clear()
         if self.counters.samples_running:
             await self.llm.pause_generation(mode=PAUSE_MODES[mode], clear_cache=True)
-            await self.llm.resume_generation()  # idle now, and the gate is closed: only score gets through
+            await self.llm.resume_generation()  # the gate is closed: only score gets through
+            await self.idle.wait()  # vLLM has finished what ran, but its last outputs may not have reached us yet
         else:
             await self.llm.reset_prefix_cache()
 
