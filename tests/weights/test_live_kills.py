@@ -73,7 +73,8 @@ def test_an_engine_that_is_killed_at_any_phase_is_replaced_and_serves_whole_vers
     figure("mixed versions served", mixed)
     assert mixed == 0
     assert segments() <= shared
-    assert len(leftovers()[2] - opened) <= 2, "the buckets of the last publish"
+    left = {os.stat(f"/proc/self/fd/{fd}").st_ino for fd in leftovers()[2] - opened}  # a map holds one more descriptor
+    assert len(left) <= 2, "the buckets of the last publish"
 
 
 def test_nothing_of_an_owner_that_is_killed_at_any_phase_survives(tmp_path, figure):
