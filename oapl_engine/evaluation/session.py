@@ -110,7 +110,7 @@ def evaluate_targets(targets: Sequence[Target], recipe: Recipe, whole: bool, out
 def _evaluate_target(target: Target, recipe: Recipe, whole: bool, out: Path, say: Say) -> Evaluated:
     tokenizer = load_tokenizer(target.folder)
     prompts, (verifier, options) = problems(recipe.data, recipe.run.seed, tokenizer, whole)
-    _bind(out, target, prompts, recipe)
+    _bind(out, target, recipe)
     known = _counts(out, prompts)
     todo = [p for p in prompts if p.id not in known]
     if todo:
@@ -127,12 +127,13 @@ def _in_order(found: Evaluated, wanted: Sequence[str]) -> Evaluated:
     return dataclasses.replace(found, problems=tuple(wanted), correct=correct, invalid=invalid)
 
 
-def _bind(out: Path, target: Target, prompts: Sequence[Prompt], recipe: Recipe) -> None:
-    """A folder of results belongs to one model, task and way of sampling."""
+def _bind(out: Path, target: Target, recipe: Recipe) -> None:
+    """A folder of results belongs to one model, task and way of asking, sampling and scoring; problems may be added."""
     weights = sorted(Path(target.folder).glob("*.safetensors"))
     sampling = {"n": recipe.evaluation.n, "temperature": recipe.evaluation.temperature, "seed": recipe.run.seed}
     about = {
-        "task": prompts[0].task if prompts else "",
+        **{name: value for name, value in dataclasses.asdict(recipe.data).items() if name != "held_out"},
+        "reward": dataclasses.asdict(recipe.reward),
         "step": target.step,
         "weights": [[w.name, w.stat().st_size, w.stat().st_mtime_ns] for w in weights],
         **dataclasses.asdict(recipe.sampling),

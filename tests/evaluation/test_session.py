@@ -55,4 +55,5 @@ def test_two_models_are_compared_and_a_stopped_evaluation_goes_on(oapl, refused,
     rows = [json.loads(line) for line in kept.read_text().splitlines()]
     assert {r["problem"] for r in rows} == {json.loads(line)["problem"] for line in lines}
     assert len(rows) == 12
+    refused(["another template", "--out"], "eval", micro_model, *words, "--data.template", "{question}")
     refused(["another temperature", "--out"], "eval", micro_model, *words, "--evaluation.temperature", 0.5)
