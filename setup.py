@@ -13,7 +13,7 @@ def extensions():
         return []
     return [
         Pybind11Extension(
-            "oapl_kernels._epilogue",
+            "oapl_kernels._cpu",
             sorted(str(path) for path in Path("csrc").glob("*.cpp")),
             cxx_std=17,
             extra_compile_args=["-O3", "-pthread", "-fvisibility=hidden"],

@@ -79,7 +79,7 @@ def install_cpu():
         if not try_pip(["--no-deps", name]):
             print("note: %s needs a C compiler and was left out; only the zebra_puzzles task misses it" % name)
     pip(["--no-deps", "--no-build-isolation", "-e", ROOT], "this project")
-    if not glob.glob(os.path.join(ROOT, "kernels", "oapl_kernels", "_epilogue*.so")):
+    if not glob.glob(os.path.join(ROOT, "kernels", "oapl_kernels", "_cpu*.so")):
         print("note: no C++ compiler here, so oapl_kernels uses its torch backend on CPU")
 
 

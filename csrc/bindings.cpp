@@ -5,6 +5,7 @@
 #include <string>
 
 #include "epilogue.h"
+#include "weights.h"
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
@@ -14,8 +15,8 @@ static T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-PYBIND11_MODULE(_epilogue, module) {
-  module.doc() = "In-place epilogue of a chunk of fp32 logits; see oapl_kernels.epilogue_cpu.";
+PYBIND11_MODULE(_cpu, module) {
+  module.doc() = "CPU kernels; see oapl_kernels.epilogue_cpu and oapl_kernels.weight_pack.";
 
   py::class_<oapl::Logits>(module, "Logits")
       .def(py::init([](Address data, int64_t stride, int64_t rows, int64_t vocabulary, Address target,
@@ -53,13 +54,46 @@ PYBIND11_MODULE(_epilogue, module) {
       },
       py::arg("sums"), py::arg("products"), py::arg("count"), py::arg("add"), py::arg("threads"));
 
+  py::class_<oapl::Seeds>(module, "Seeds").def(py::init<uint32_t, uint32_t>());
+  py::enum_<oapl::Format>(module, "Format")
+      .value("float32", oapl::Format::float32)
+      .value("bfloat16", oapl::Format::bfloat16)
+      .value("float16", oapl::Format::float16);
+
+  const auto as_tuple = [](const oapl::Digest& digest) { return py::make_tuple(digest.h0, digest.h1, digest.infinite); };
   module.def(
       "checksum",
-      [](Address bytes, int64_t count, uint32_t seed_0, uint32_t seed_1, int threads) {
-        py::gil_scoped_release release;
-        return oapl::checksum(at<const unsigned char>(bytes), count, seed_0, seed_1, threads);
+      [=](Address bytes, int64_t count, oapl::Seeds seeds, int threads) {
+        oapl::Digest digest;
+        {
+          py::gil_scoped_release release;
+          digest = oapl::checksum(at<const unsigned char>(bytes), count, seeds, threads);
+        }
+        return as_tuple(digest);
       },
-      py::arg("bytes"), py::arg("count"), py::arg("seed_0"), py::arg("seed_1"), py::arg("threads"));
+      py::arg("bytes"), py::arg("count"), py::arg("seeds"), py::arg("threads"));
+
+  module.def(
+      "pack",
+      [=](Address source, oapl::Format from, Address payload, oapl::Format to, int64_t count, oapl::Seeds seeds,
+          int threads) {
+        oapl::Digest digest;
+        {
+          py::gil_scoped_release release;
+          digest = oapl::pack(at<const void>(source), from, at<void>(payload), to, count, seeds, threads);
+        }
+        return as_tuple(digest);
+      },
+      py::arg("source"), py::arg("from"), py::arg("payload"), py::arg("to"), py::arg("count"), py::arg("seeds"),
+      py::arg("threads"));
+
+  module.def(
+      "copy_changed",
+      [](Address source, Address destination, int64_t count, int bytes, int threads) {
+        py::gil_scoped_release release;
+        return oapl::copy_changed(at<const void>(source), at<void>(destination), count, bytes, threads);
+      },
+      py::arg("source"), py::arg("destination"), py::arg("count"), py::arg("bytes"), py::arg("threads"));
 
   module.def("instruction_set", &oapl::instruction_set);
   module.def("select_instruction_set", [](const std::string& name) {

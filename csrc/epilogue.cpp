@@ -1,11 +1,11 @@
 #include "epilogue.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
-#include <thread>
 #include <vector>
+
+#include "parallel.h"
 
 #define INLINE_LAMBDA __attribute__((always_inline))
 
@@ -21,7 +21,6 @@ struct Kernels {
   RowStatistics statistics, capped_statistics;
   RowGradient gradient, capped_gradient;
   void (*accumulate)(float*, const uint16_t*, int64_t, bool);
-  void (*hash)(const unsigned char*, int64_t, uint32_t, const uint32_t*, uint32_t*);
 };
 
 #define VECTOR_BYTES 16
@@ -84,21 +83,6 @@ bool select_instruction_set(const char* name) {
   return false;
 }
 
-// work(item) for each item in [0, items), a few at a time, on `threads` threads of our own.
-template <typename Work>
-static void parallel(int64_t items, int64_t at_a_time, int threads, const Work& work) {
-  std::atomic<int64_t> next{0};
-  auto loop = [&] {
-    for (int64_t begin; (begin = next.fetch_add(at_a_time)) < items;)
-      for (int64_t item = begin; item < std::min(begin + at_a_time, items); item++) work(item);
-  };
-  std::vector<std::thread> others;
-  const int64_t useful = (items + at_a_time - 1) / at_a_time;
-  for (int64_t other = 1; other < std::min<int64_t>(threads, useful); other++) others.emplace_back(loop);
-  loop();
-  for (auto& other : others) other.join();
-}
-
 static Scale scale_of(const Logits& logits) {
   return {1.f / logits.temperature, logits.softcap, logits.softcap > 0 ? 1.f / logits.softcap : 0.f};
 }
@@ -132,29 +116,6 @@ void accumulate(float* sums, const uint16_t* products, int64_t count, bool add, 
     const int64_t begin = index * block;
     kernel(sums + begin, products + begin, std::min(block, count - begin), add);
   });
-}
-
-std::pair<uint32_t, uint32_t> checksum(const unsigned char* bytes, int64_t count, uint32_t seed_0, uint32_t seed_1,
-                                       int threads) {
-  const int64_t words = count / 4, block = 1 << 15;
-  const uint32_t seeds[2] = {seed_0, seed_1};
-  const auto kernel = current().kernels->hash;
-  std::atomic<uint32_t> sums[2] = {};
-  const auto add = [&](const unsigned char* from, int64_t number, int64_t first) {
-    uint32_t part[2];
-    kernel(from, number, (uint32_t)first, seeds, part);
-    for (int k = 0; k < 2; k++) sums[k] += part[k];
-  };
-  parallel((words + block - 1) / block, 1, threads, [&](int64_t index) {
-    const int64_t begin = index * block;
-    add(bytes + 4 * begin, std::min(block, words - begin), begin);
-  });
-  if (count % 4) {
-    unsigned char last[4] = {};
-    std::memcpy(last, bytes + 4 * words, count % 4);
-    add(last, 1, words);
-  }
-  return {sums[0], sums[1]};
 }
 
 }  // namespace oapl

@@ -1,7 +1,6 @@
 // The chunk epilogue on CPU: statistics of each row of fp32 logits, then its gradient in the same memory.
 #pragma once
 #include <cstdint>
-#include <utility>
 
 namespace oapl {
 
@@ -28,10 +27,6 @@ void gradient(const Logits& logits, const Statistics& statistics, const Coeffici
               int threads);
 // sums[i] = (or, with add, +=) the bf16 value products[i]
 void accumulate(float* sums, const uint16_t* products, int64_t count, bool add, int threads);
-
-// h_0 and h_1 of oapl_kernels/weight_pack.py
-std::pair<uint32_t, uint32_t> checksum(const unsigned char* bytes, int64_t count, uint32_t seed_0, uint32_t seed_1,
-                                       int threads);
 
 // "avx512", "avx2" or "portable": what runs. select returns false if this processor lacks the named one.
 const char* instruction_set();

@@ -17,8 +17,8 @@ def _has_triton() -> bool:
 
 @cache
 def extension() -> ModuleType | None:
-    """The C++ extension oapl_kernels._epilogue, or None where it is not built."""
-    return import_module("._epilogue", __package__) if find_spec("oapl_kernels._epilogue") else None
+    """The C++ extension oapl_kernels._cpu, or None where it is not built."""
+    return import_module("._cpu", __package__) if find_spec("oapl_kernels._cpu") else None
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:
@@ -52,7 +52,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
             raise ValueError(f"backend is 'cpu' with tensors on {device}; allowed: tensors on cpu")
         if extension() is None:
             raise ValueError(
-                "backend is 'cpu' but oapl_kernels._epilogue is not built; allowed: 'torch', or build the extension"
+                "backend is 'cpu' but oapl_kernels._cpu is not built; allowed: 'torch', or build the extension"
             )
     return backend
 

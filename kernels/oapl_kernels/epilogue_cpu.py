@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from . import _epilogue  # type: ignore[attr-defined]
+from . import _cpu  # type: ignore[attr-defined]
 from .scratch import cast_in_place
 
 
-def _logits(logits: Tensor, target: Tensor, temperature: float, softcap: float | None) -> _epilogue.Logits:
+def _logits(logits: Tensor, target: Tensor, temperature: float, softcap: float | None) -> _cpu.Logits:
     rows, vocabulary = logits.shape
-    return _epilogue.Logits(
+    return _cpu.Logits(
         logits.data_ptr(), logits.stride(0), rows, vocabulary, target.data_ptr(), temperature, softcap or 0.0
     )
 
@@ -17,7 +17,7 @@ def _logits(logits: Tensor, target: Tensor, temperature: float, softcap: float |
 def statistics(logits: Tensor, target: Tensor, temperature: float, softcap: float | None, out: Tensor) -> None:
     """As `epilogue.statistics`; target int64, contiguous."""
     described = _logits(logits, target, temperature, softcap)
-    _epilogue.statistics(described, out.data_ptr(), out.stride(0), torch.get_num_threads())
+    _cpu.statistics(described, out.data_ptr(), out.stride(0), torch.get_num_threads())
 
 
 def gradient(
@@ -33,7 +33,7 @@ def gradient(
     """As `epilogue.gradient`, for dtype fp32 or bf16."""
     coefficient = coefficient.float().contiguous()
     entropy_row = None if entropy_coefficient is None else entropy_coefficient.float().contiguous()
-    _epilogue.gradient(
+    _cpu.gradient(
         _logits(logits, target, temperature, softcap),
         stats.data_ptr(),
         stats.stride(0),

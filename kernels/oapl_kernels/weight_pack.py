@@ -14,7 +14,6 @@ from .checks import check_tensor
 from .compiler import operation
 
 SEEDS = (0x9E3779B9, 0x7F4A7C15)
-GRAIN = 1 << 15  # values: torch starts no threads for so few, and a barrier costs milliseconds where cores are shared
 CASTS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -35,13 +34,7 @@ def pack_payload(source: Tensor, payload: Tensor) -> Tensor:
         from .weight_pack_triton import pack_words
 
         return pack_words(source, payload)
-    sums = []
-    for place, part in zip(payload.split(GRAIN), source.split(GRAIN), strict=True):
-        sums.append(place.copy_(part).sum())
-    infinite = 0
-    if sums and not torch.isfinite(torch.stack(sums)).all():  # NaN and Inf survive any sum, and a sum beats a count
-        infinite = len(payload) - int(torch.isfinite(payload).sum())
-    return torch.tensor([*_on_cpu(payload), infinite], dtype=torch.int64).to(torch.int32)
+    return torch.tensor(_pack_on_cpu(source, payload), dtype=torch.int64).to(torch.int32)
 
 
 def pack(source: Tensor, payload: Tensor) -> Tensor:
@@ -73,8 +66,27 @@ def checksum(payload: Tensor) -> int:
     if runs_triton(payload):
         low, high, _ = (digest(payload).cpu().to(torch.int64) & 0xFFFFFFFF).tolist()
     else:
-        low, high = _on_cpu(payload)
+        low, high = _checksum_on_cpu(payload)
     return low | high << 32
+
+
+def copy_changed(payload: Tensor, destination: Tensor) -> int:
+    """Copy payload [n] bit for bit to destination [n] of the same dtype, of 2 or 4 bytes, both contiguous and on CPU.
+    Returns how many elements changed their bits."""
+    check_tensor("destination", destination, (len(payload),), (payload.dtype,), payload.device)
+    if not (payload.is_contiguous() and destination.is_contiguous()) or payload.itemsize not in (2, 4):
+        raise ValueError(
+            f"payload is {payload.dtype} with strides {payload.stride()}, destination has {destination.stride()}; "
+            "allowed: contiguous tensors of 2 or 4 bytes an element"
+        )
+    cpp = extension()
+    if cpp is not None:
+        addresses = payload.data_ptr(), destination.data_ptr()
+        return int(cpp.copy_changed(*addresses, len(payload), payload.itemsize, torch.get_num_threads()))
+    bits = torch.int16 if payload.itemsize == 2 else torch.int32
+    changed = int(torch.count_nonzero(payload.view(bits) != destination.view(bits)))
+    destination.copy_(payload)
+    return changed
 
 
 def unpack(payloads: list[Tensor], destinations: list[Tensor], expected: list[int]) -> None:
@@ -88,11 +100,23 @@ def unpack(payloads: list[Tensor], destinations: list[Tensor], expected: list[in
         destination.copy_(payload.view(destination.shape))
 
 
-def _on_cpu(payload: Tensor) -> tuple[int, int]:
+def _pack_on_cpu(source: Tensor, payload: Tensor) -> tuple[int, int, int]:
+    cpp = extension()
+    formats = [getattr(cpp.Format, str(t.dtype).removeprefix("torch.")) for t in (source, payload)] if cpp else []
+    if cpp and (source.dtype == payload.dtype or (source.dtype, payload.dtype) == (torch.float32, torch.bfloat16)):
+        ends = source.data_ptr(), formats[0], payload.data_ptr(), formats[1], len(payload)
+        low, high, infinite = cpp.pack(*ends, cpp.Seeds(*SEEDS), torch.get_num_threads())
+        return low, high, infinite
+    payload.copy_(source)
+    return *_checksum_on_cpu(payload), len(payload) - int(torch.isfinite(payload).sum())
+
+
+def _checksum_on_cpu(payload: Tensor) -> tuple[int, int]:
     cpp = extension()
     if cpp is not None:
-        count = payload.numel() * payload.element_size()
-        return cpp.checksum(payload.data_ptr(), count, *SEEDS, torch.get_num_threads())
+        size = payload.numel() * payload.element_size()
+        low, high, _ = cpp.checksum(payload.data_ptr(), size, cpp.Seeds(*SEEDS), torch.get_num_threads())
+        return low, high
     data = payload.view(torch.uint8).numpy().tobytes()
     words = np.frombuffer(data + bytes(-len(data) % 4), "<u4")
     index = np.arange(len(words), dtype=np.uint64).astype(np.uint32)

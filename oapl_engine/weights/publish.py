@@ -33,8 +33,8 @@ Control = Callable[[str, dict[str, Any]], Any]
 class PublishReport:
     """seconds: by phase (pause, init, pack, transfer, finish, attest, resume, total), pack and transfer overlap; the
     engine's own (take, check, scatter, read_back), of its slowest rank. bytes: sent; changed_share: of the engine's
-    elements, bit patterns that differ from the version before (estimated for tensors of a million and more); checksum:
-    of all pieces, 16 hex digits; gap: log-probs of engine and trainer on the golden prompts, None without them."""
+    elements, bit patterns that differ from the version before; checksum: of all pieces, 16 hex digits; gap: log-probs
+    of engine and trainer on the golden prompts, None without them."""
 
     version: int
     seconds: dict[str, float]

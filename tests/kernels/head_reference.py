@@ -8,7 +8,7 @@ from oapl_kernels import Objective, PolicyInputs, fused_policy_loss, linear_logp
 from oapl_kernels.backend import extension
 from torch import Tensor
 
-NOT_BUILT = "oapl_kernels._epilogue is not built (python setup.py build_ext --inplace)"
+NOT_BUILT = "oapl_kernels._cpu is not built (python setup.py build_ext --inplace)"
 CPU = pytest.param("cpu", marks=pytest.mark.skipif(extension() is None, reason=NOT_BUILT))
 
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oapl_kernels import weight_pack
-from oapl_kernels.weight_pack import checksum, checksums, digest, pack, unpack
+from oapl_kernels.weight_pack import checksum, checksums, copy_changed, digest, pack, unpack
 
 
 def formula(data: bytes) -> int:
@@ -25,7 +25,7 @@ def implementation(request, monkeypatch):
     if request.param == "numpy":
         monkeypatch.setattr(weight_pack, "extension", lambda: None)
     elif weight_pack.extension() is None:
-        pytest.skip("oapl_kernels._epilogue is not built (python setup.py build_ext --inplace)")
+        pytest.skip("oapl_kernels._cpu is not built (python setup.py build_ext --inplace)")
 
 
 @pytest.mark.parametrize("dtype", weight_pack.CASTS, ids=str)
@@ -38,6 +38,41 @@ def test_checksum_is_the_formula(implementation, count, dtype):
     assert found == checksum(payload) == checksum(payload.view(torch.uint8))
     if count <= 1000:
         assert found == formula(payload.view(torch.uint8).numpy().tobytes())
+
+
+def test_a_cast_is_torchs_for_every_kind_of_value(implementation):
+    ties = torch.arange(0x3F800000, 0x3F800000 + 0x60000, 0x2000, dtype=torch.int32).view(torch.float32)
+    special = torch.tensor([0.0, -0.0, 1e-45, -1e-40, 3.38e38, 3.4e38, torch.inf, -torch.inf, torch.nan])
+    source = torch.cat([ties, -ties, special, torch.randn(40_000)])
+    payload = torch.empty(len(source), dtype=torch.bfloat16)
+    infinite = int(pack(source, payload)[2])
+    expected, number = source.bfloat16(), ~source.isnan()  # torch has two bit patterns for NaN itself
+    assert torch.equal(payload.view(torch.int16)[number], expected.view(torch.int16)[number])
+    assert torch.equal(payload.isnan(), expected.isnan())
+    assert infinite == 4  # 3.4e38 rounds to infinity
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int16], ids=str)
+@pytest.mark.parametrize("count", [0, 1, 7, 16385, 70001])
+def test_copy_counts_what_changed(implementation, count, dtype):
+    before = torch.randint(0, 99, (count,)).to(dtype)
+    after = before.clone()
+    touched = torch.rand(count) < 0.3
+    after[touched] += 1
+    whole = torch.cat([before, before])
+    assert copy_changed(after, whole[:count]) == int(touched.sum())
+    assert torch.equal(whole, torch.cat([after, before]))
+    assert copy_changed(after, whole[:count]) == 0
+    if dtype.is_floating_point and count:
+        zero, minus = torch.zeros(1, dtype=dtype), -torch.zeros(1, dtype=dtype)
+        assert copy_changed(minus, zero) == 1  # equal as values, not as bits
+
+
+def test_copy_refuses_what_it_cannot_count():
+    with pytest.raises(ValueError, match="allowed: contiguous tensors of 2 or 4 bytes"):
+        copy_changed(torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"destination has shape \[3\]; allowed: \[4\]"):
+        copy_changed(torch.zeros(4), torch.zeros(3))
 
 
 @settings(max_examples=50, deadline=None)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from oapl_kernels.weight_pack import copy_changed
 
 from oapl_engine.weights.receiver.checksum import checksum
 from oapl_engine.weights.receiver.inbox import Inbox, open_inbox
 from oapl_engine.weights.receiver.plan import DTYPES, Plan, PlanError, cut, live_parameters, record
 
 INTEGER = {2: torch.int16, 4: torch.int32}  # copies and comparisons are of bits, not of values
-BLOCK, SAMPLED_FROM = 1 << 15, 1 << 20  # elements
 PHASES = ("take", "check", "scatter", "read_back")
 
 
@@ -116,7 +116,7 @@ class InPlaceUpdate:
         for live, sent in pairs:
             arrived = sent.to(live.device)
             if not live.is_cuda and live.is_contiguous() and arrived.is_contiguous():
-                self.changed += copy_and_count(live.view(-1), arrived.view(-1))
+                self.changed += copy_changed(arrived.view(-1), live.view(-1))
             else:
                 self.changed += int(torch.count_nonzero(live != arrived))
                 live.copy_(arrived)
@@ -132,7 +132,7 @@ class InPlaceUpdate:
 
     def report(self) -> dict[str, Any]:
         """state; refused: {parameter, expected, found} or None; checksums of live values by label; changed, elements:
-        counts over this rank's parameters (see copy_and_count); seconds by phase: all of this update."""
+        counts over this rank's parameters; seconds by phase: all of this update."""
         return {
             "state": self.state,
             "refused": self.refused,
@@ -162,16 +162,3 @@ class InPlaceUpdate:
     def _refuse(self, error: PlanError) -> None:
         self.refused = {"parameter": error.parameter, "expected": error.expected, "found": error.found}
         raise error
-
-
-def copy_and_count(live: torch.Tensor, arrived: torch.Tensor) -> int:
-    """Copy arrived [n] to live [n], on CPU; returns how many elements changed, estimated from every eighth block where
-    there are SAMPLED_FROM or more. In blocks that torch starts no threads for, and that stay in a core's cache."""
-    every = 8 if len(live) >= SAMPLED_FROM else 1
-    changed = seen = 0
-    for number, (place, part) in enumerate(zip(live.split(BLOCK), arrived.split(BLOCK), strict=True)):
-        if number % every == 0:
-            changed += int(torch.count_nonzero(place != part))
-            seen += len(place)
-        place.copy_(part)
-    return round(changed * len(live) / seen)
