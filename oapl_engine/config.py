@@ -4,13 +4,12 @@
 `ConfigError` (exit code 2): the field, its value, what is allowed, the nearest valid name.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json
 import math
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -18,7 +17,12 @@ import pydantic
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", strict=True)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def setting(default: Any, why: str, **limits: Any) -> Any:
+    """A field of a section: its default, its unit and reason in one line, pydantic's limits (ge, lt, …)."""
+    return Field(default=default, description=why, **limits)
 
 
 class ConfigError(ValueError):
@@ -33,300 +37,240 @@ class RunError(RuntimeError):
 class Run:
     """Where a run lives and what makes it repeatable."""
 
-    dir: str = Field(
-        default="", description='run directory; the same command again resumes it. Empty: "runs/" + recipe name'
-    )
-    seed: int = Field(default=0, ge=0, lt=2**31, description="seed of data order, sampling and initial state")
-    threads: int = Field(
-        default=0, ge=0, description="torch threads of the trainer; 0: every core this process may use"
-    )
+    dir: str = setting("", 'run directory; the same command again resumes it. Empty: "runs/" + recipe name')
+    seed: int = setting(0, "seed of data order, sampling and initial state", ge=0, lt=2**31)
+    threads: int = setting(0, "torch threads of the trainer; 0: every core this process may use", ge=0)
 
 
 @dataclass(frozen=True, config=STRICT)
 class Model:
     """The policy: any transformers causal LM."""
 
-    path: str = Field(default="", description="folder in Hugging Face layout, or hub name; required")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="dtype of the master weights; float32 keeps small updates from rounding away"
+    path: str = setting("", "folder in Hugging Face layout, or hub name; required")
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "dtype of the master weights; float32 keeps small updates from rounding away"
     )
-    attention: Literal["auto", "sdpa", "flash"] = Field(
-        default="auto",
-        description="packed attention; auto: flash-attn or torch varlen on CUDA, SDPA per segment on CPU",
+    attention: Literal["auto", "sdpa", "flash"] = setting(
+        "auto", "packed attention; auto: flash-attn or torch varlen on CUDA, SDPA per segment on CPU"
     )
-    lora_rank: int = Field(
-        default=0, ge=0, description="rank of LoRA adapters on all linear layers; 0: full fine-tuning"
-    )
+    lora_rank: int = setting(0, "rank of LoRA adapters on all linear layers; 0: full fine-tuning", ge=0)
 
 
 @dataclass(frozen=True, config=STRICT)
 class Data:
     """Where prompts come from. In offline mode: the file of rollouts to train on."""
 
-    source: Literal["micro", "reasoning_gym", "jsonl", "parquet", "hf", "benchmark"] = Field(
-        default="reasoning_gym",
-        description="micro: generated sort / addition; benchmark: aime25, math500, …, from the hub or data.path; "
+    source: Literal["micro", "reasoning_gym", "jsonl", "parquet", "hf", "benchmark"] = setting(
+        "reasoning_gym",
+        "micro: generated sort / addition; benchmark: aime25, math500, …, from the hub or data.path; "
         "parquet and jsonl hold rollouts in offline mode",
     )
-    task: str = Field(
-        default="", description="task name within the source (reasoning-gym data set, micro task, hub data set)"
+    task: str = setting("", "task name within the source (reasoning-gym data set, micro task, hub data set)")
+    path: str = setting("", "file for jsonl, parquet and (optional) benchmark")
+    options: dict[str, Any] = setting({}, "passed to the task (size, difficulty, …)")
+    template: str = setting(
+        "chat", '"chat": the tokenizer\'s chat template; "raw": the question; else text with {question}'
     )
-    path: str = Field(default="", description="file for jsonl, parquet and (optional) benchmark")
-    options: dict[str, Any] = Field(default_factory=dict, description="passed to the task (size, difficulty, …)")
-    template: str = Field(
-        default="chat",
-        description='"chat": the tokenizer\'s chat template; "raw": the question; else text with {question}',
-    )
-    system: str = Field(default="", description="system message of the chat template; empty: none")
-    max_prompt_tokens: int = Field(
-        default=512, ge=1, description="tokens; longer prompts are dropped by rule and listed"
-    )
-    held_out: int = Field(
-        default=64, ge=0, description="problems kept out of training for evaluation, disjoint by text"
-    )
+    system: str = setting("", "system message of the chat template; empty: none")
+    max_prompt_tokens: int = setting(512, "tokens; longer prompts are dropped by rule and listed", ge=1)
+    held_out: int = setting(64, "problems kept out of training for evaluation, disjoint by text", ge=0)
 
 
 @dataclass(frozen=True, config=STRICT)
 class Reward:
     """How a response is scored. Verifiers run in workers that can be killed."""
 
-    name: str = Field(default="", description="exact | math | reasoning_gym | code; empty: the one of the data source")
-    options: dict[str, Any] = Field(default_factory=dict, description="passed to the verifier")
-    timeout_seconds: float = Field(
-        default=10.0, gt=0, allow_inf_nan=False, description="seconds for one verdict, then invalid"
-    )
-    memory_mb: int = Field(default=1024, ge=64, description="MiB of address space a worker may add, then invalid")
-    workers: int = Field(default=1, ge=1, description="verifier processes on this host")
+    name: str = setting("", "exact | math | reasoning_gym | code; empty: the one of the data source")
+    options: dict[str, Any] = setting({}, "passed to the verifier")
+    timeout_seconds: float = setting(10.0, "seconds for one verdict, then invalid", gt=0)
+    memory_mb: int = setting(1024, "MiB of address space a worker may add, then invalid", ge=64)
+    workers: int = setting(1, "verifier processes on this host", ge=1)
 
 
 @dataclass(frozen=True, config=STRICT)
 class Sampling:
     """How responses are drawn. Off-policy training wants the whole distribution: top_p = 1, top_k off."""
 
-    temperature: float = Field(
-        default=1.0, gt=0, allow_inf_nan=False, description="softmax temperature, also of the loss"
-    )
-    top_p: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False, description="nucleus mass; 1: off")
-    top_k: int = Field(default=0, ge=0, description="candidates kept; 0: off")
-    max_new_tokens: int = Field(default=256, ge=1, description="tokens of a response, the stop token included")
-    stop_token_ids: list[int] = Field(default_factory=list, description="token ids that end a response; empty: eos")
+    temperature: float = setting(1.0, "softmax temperature, also of the loss", gt=0)
+    top_p: float = setting(1.0, "nucleus mass; 1: off", gt=0, le=1)
+    top_k: int = setting(0, "candidates kept; 0: off", ge=0)
+    max_new_tokens: int = setting(256, "tokens of a response, the stop token included", ge=1)
+    stop_token_ids: list[int] = setting([], "token ids that end a response; empty: eos")
 
 
 @dataclass(frozen=True, config=STRICT)
 class RolloutSection:
     """The engines that generate."""
 
-    engines: int = Field(default=1, ge=1, description="vLLM engines owned by this run")
-    tensor_parallel: int = Field(default=1, ge=1, description="devices (CPU: processes) an engine is split over")
-    engine_dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto: the model's dtype")
-    memory_share: float = Field(
-        default=0.85,
-        gt=0,
-        lt=1,
-        allow_inf_nan=False,
-        description="share of a GPU the engine may use; CPU: see kv_cache_mb",
-    )
-    kv_cache_mb: int = Field(default=1024, ge=64, description="MiB of KV cache on CPU (vLLM rounds up to GiB)")
-    urls: list[str] = Field(default_factory=list, description="engines that run already and are not owned by this run")
+    engines: int = setting(1, "vLLM engines owned by this run", ge=1)
+    tensor_parallel: int = setting(1, "devices (CPU: processes) an engine is split over", ge=1)
+    engine_dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: the model's dtype")
+    memory_share: float = setting(0.85, "share of a GPU the engine may use; CPU: see kv_cache_mb", gt=0, lt=1)
+    kv_cache_mb: int = setting(1024, "MiB of KV cache on CPU (vLLM rounds up to GiB)", ge=64)
+    urls: list[str] = setting([], "engines that run already and are not owned by this run")
 
 
 @dataclass(frozen=True, config=STRICT)
 class Schedule:
     """Algorithm 1: when to generate, train and publish."""
 
-    mode: Literal["sync", "phased", "async", "offline"] = Field(
-        default="phased", description="phased alternates on one device; async overlaps; offline reads finished rollouts"
+    mode: Literal["sync", "phased", "async", "offline"] = setting(
+        "phased", "phased alternates on one device; async overlaps; offline reads finished rollouts"
     )
-    steps: int = Field(default=100, ge=1, description="optimizer steps of the whole run")
-    groups_per_step: int = Field(default=8, ge=1, description="groups (prompts) in an optimizer step")
-    group_size: int = Field(default=8, ge=1, description="G, rollouts a prompt; 2 or more for a group baseline")
-    lag: int = Field(default=16, ge=1, description="L, optimizer steps between publishes; sync means 1")
-    max_kl: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="publish early past this KL, nats a token"
-    )
-    on_publish: Literal["drain", "abort", "keep"] = Field(
-        default="drain",
-        description="groups in flight at a publish are waited for, ended, or kept (they go on under the new version); "
+    steps: int = setting(100, "optimizer steps of the whole run", ge=1)
+    groups_per_step: int = setting(8, "groups (prompts) in an optimizer step", ge=1)
+    group_size: int = setting(8, "G, rollouts a prompt; 2 or more for a group baseline", ge=1)
+    lag: int = setting(16, "L, optimizer steps between publishes; sync means 1", ge=1)
+    max_kl: float | None = setting(None, "publish early past this KL, nats a token", gt=0)
+    on_publish: Literal["drain", "abort", "keep"] = setting(
+        "drain",
+        "groups in flight at a publish are waited for, ended, or kept (they go on under the new version); "
         "phased with abort or keep: those of a credit over lag x groups_per_step, so that none waits for the slowest",
     )
-    window: int = Field(default=0, ge=0, description="policy versions kept for training; 0: 1, or 2 in async and keep")
-    credit: int = Field(
-        default=0, ge=0, description="groups generated ahead of training at most; 0: lag x groups_per_step"
-    )
-    allowance: int = Field(
-        default=1, ge=1, description="optimizer steps that may use one rollout (epochs in offline mode)"
-    )
+    window: int = setting(0, "policy versions kept for training; 0: 1, or 2 in async and keep", ge=0)
+    credit: int = setting(0, "groups generated ahead of training at most; 0: lag x groups_per_step", ge=0)
+    allowance: int = setting(1, "optimizer steps that may use one rollout (epochs in offline mode)", ge=1)
 
 
 @dataclass(frozen=True, config=STRICT)
 class ObjectiveSection:
     """The loss on log-probs; see oapl_kernels.objectives."""
 
-    name: str = Field(default="oapl", description="oapl | grpo | … (oapl_kernels.objectives.names())")
-    beta1: float = Field(
-        default=1.0, gt=0, description="temperature of the group value, reward units; inf: the group mean"
+    name: str = setting("oapl", "oapl | grpo | … (oapl_kernels.objectives.names())")
+    beta1: float = setting(
+        1.0, "temperature of the group value, reward units; inf: the group mean", gt=0, allow_inf_nan=True
     )
-    beta2: float = Field(
-        default=1e-3,
-        gt=0,
-        allow_inf_nan=False,
-        description="weight of the log-ratio; 1e-3 for long, about 0.1 for short answers",
-    )
-    scale_free_nats: float | None = Field(
-        default=None,
-        gt=0,
-        allow_inf_nan=False,
-        description="choose beta2 each step so that rms(A)/beta2 is this many nats",
-    )
-    equal_groups: Literal["drop", "keep", "subsample", "resample"] = Field(
-        default="drop",
-        description="groups whose rewards are all equal carry no signal about the answer; resample: other prompts take "
+    beta2: float = setting(1e-3, "weight of the log-ratio; 1e-3 for long, about 0.1 for short answers", gt=0)
+    scale_free_nats: float | None = setting(None, "choose beta2 each step so that rms(A)/beta2 is this many nats", gt=0)
+    equal_groups: Literal["drop", "keep", "subsample", "resample"] = setting(
+        "drop",
+        "groups whose rewards are all equal carry no signal about the answer; resample: other prompts take "
         "their places, so that a step is full",
     )
-    overlong: Literal["as_scored", "excluded", "soft"] = Field(
-        default="as_scored", description="responses cut at max_new_tokens; soft: linear penalty over the last fifth"
+    overlong: Literal["as_scored", "excluded", "soft"] = setting(
+        "as_scored", "responses cut at max_new_tokens; soft: linear penalty over the last fifth"
     )
-    behavior: Literal["engine", "recomputed"] = Field(default="engine", description="whose log-probs stand for π_vllm")
-    entropy_coefficient: float = Field(default=0.0, allow_inf_nan=False, description="bonus on the entropy, nats")
-    reference_coefficient: float = Field(
-        default=0.0, ge=0, allow_inf_nan=False, description="weight of KL to the start model"
-    )
-    options: dict[str, Any] = Field(default_factory=dict, description="the objective's own switches (clip_low, …)")
+    behavior: Literal["engine", "recomputed"] = setting("engine", "whose log-probs stand for π_vllm")
+    entropy_coefficient: float = setting(0.0, "bonus on the entropy, nats")
+    reference_coefficient: float = setting(0.0, "weight of KL to the start model", ge=0)
+    options: dict[str, Any] = setting({}, "the objective's own switches (clip_low, …)")
 
 
 @dataclass(frozen=True, config=STRICT)
 class Train:
     """How a step is computed; changes speed and memory, not the mathematics."""
 
-    token_budget: int = Field(
-        default=8192, ge=1, description="packed tokens a micro-batch; a longer group is split between its responses"
+    token_budget: int = setting(
+        8192, "packed tokens a micro-batch; a longer group is split between its responses", ge=1
     )
-    share_prompts: bool = Field(default=True, description="compute a group's prompt once; exact")
-    checkpoint_activations: bool = Field(
-        default=False, description="recompute activations in backward: less memory, slower"
+    share_prompts: bool = setting(True, "compute a group's prompt once; exact")
+    checkpoint_activations: bool = setting(False, "recompute activations in backward: less memory, slower")
+    compile: bool = setting(False, "torch.compile the model's layers")
+    precision: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "matmul precision; auto: bfloat16 where the device has it in hardware, else float32"
     )
-    compile: bool = Field(default=False, description="torch.compile the model's layers")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="matmul precision; auto: bfloat16 where the device has it in hardware, else float32"
-    )
-    nonfinite: Literal["stop", "skip"] = Field(default="stop", description="what a NaN or Inf in loss or gradient does")
+    nonfinite: Literal["stop", "skip"] = setting("stop", "what a NaN or Inf in loss or gradient does")
 
 
 @dataclass(frozen=True, config=STRICT)
 class Optimizer:
     """AdamW, decoupled weight decay, linear warm-up, cosine decay."""
 
-    learning_rate: float = Field(
-        default=1e-6, gt=0, allow_inf_nan=False, description="peak; 1e-6 at billions, 3e-4 micro"
-    )
-    beta1: float = Field(default=0.9, ge=0, lt=1, allow_inf_nan=False, description="decay of the first moment")
-    beta2: float = Field(
-        default=0.95, ge=0, lt=1, allow_inf_nan=False, description="decay of the second moment (paper: .95)"
-    )
-    epsilon: float = Field(default=1e-10, gt=0, allow_inf_nan=False, description="denominator floor (paper: 1e-10)")
-    weight_decay: float = Field(default=1e-8, ge=0, allow_inf_nan=False, description="decoupled decay (paper: 1e-8)")
-    warmup_share: float = Field(
-        default=0.02, ge=0, le=1, allow_inf_nan=False, description="share of steps of linear warm-up"
-    )
-    decay_to: float = Field(
-        default=0.05, ge=0, le=1, allow_inf_nan=False, description="final share of the peak; 1: constant"
-    )
-    clip_norm: float = Field(default=1.0, gt=0, description="largest global gradient norm; inf: off")
+    learning_rate: float = setting(1e-6, "peak; 1e-6 at billions, 3e-4 micro", gt=0)
+    beta1: float = setting(0.9, "decay of the first moment", ge=0, lt=1)
+    beta2: float = setting(0.95, "decay of the second moment (paper: .95)", ge=0, lt=1)
+    epsilon: float = setting(1e-10, "denominator floor (paper: 1e-10)", gt=0)
+    weight_decay: float = setting(1e-8, "decoupled decay (paper: 1e-8)", ge=0)
+    warmup_share: float = setting(0.02, "share of steps of linear warm-up", ge=0, le=1)
+    decay_to: float = setting(0.05, "final share of the peak; 1: constant", ge=0, le=1)
+    clip_norm: float = setting(1.0, "largest global gradient norm; inf: off", gt=0, allow_inf_nan=True)
 
 
 @dataclass(frozen=True, config=STRICT)
 class Weights:
     """Trainer to live engines."""
 
-    transport: Literal["auto", "memfd", "file", "gloo", "nccl", "cuda_ipc"] = Field(
-        default="auto", description="auto: cuda_ipc where there is CUDA, else memfd; nccl and cuda_ipc need CUDA"
+    transport: Literal["auto", "memfd", "file", "gloo", "nccl", "cuda_ipc"] = setting(
+        "auto", "auto: cuda_ipc where there is CUDA, else memfd; nccl and cuda_ipc need CUDA"
     )
-    bucket_mb: int = Field(default=64, ge=1, description="MiB of one of the two transfer buckets")
-    golden_prompts: int = Field(
-        default=4, ge=1, description="prompts whose log-probs attest that the new weights are used"
-    )
+    bucket_mb: int = setting(64, "MiB of one of the two transfer buckets", ge=1)
+    golden_prompts: int = setting(4, "prompts whose log-probs attest that the new weights are used", ge=1)
 
 
 @dataclass(frozen=True, config=STRICT)
 class CheckpointSection:
     """What survives a kill."""
 
-    every: int = Field(default=0, ge=0, description="steps between checkpoints; 0: at each publish and at the end")
-    keep: int = Field(default=2, ge=1, description="newest checkpoints kept")
+    every: int = setting(0, "steps between checkpoints; 0: at each publish and at the end", ge=0)
+    keep: int = setting(2, "newest checkpoints kept", ge=1)
 
 
 @dataclass(frozen=True, config=STRICT)
 class Evaluation:
     """Held-out pass@k by the engine, before and after training and in between."""
 
-    every: int = Field(
-        default=0, ge=0, description="steps between evaluations (at publishes); 0: only before and after"
-    )
-    task: str = Field(
-        default="", description="other task of the same source; empty: the training task's held-out problems"
-    )
-    n: int = Field(default=4, ge=0, description="samples a problem; 0: no evaluation")
-    k: list[int] = Field(default_factory=lambda: [1], description="k of pass@k, each at most n")
-    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="sampling temperature")
+    every: int = setting(0, "steps between evaluations (at publishes); 0: only before and after", ge=0)
+    task: str = setting("", "other task of the same source; empty: the training task's held-out problems")
+    n: int = setting(4, "samples a problem; 0: no evaluation", ge=0)
+    k: list[int] = setting([1], "k of pass@k, each at most n")
+    temperature: float = setting(1.0, "sampling temperature", gt=0)
 
 
 @dataclass(frozen=True, config=STRICT)
 class Report:
     """Besides metrics.jsonl, which is always written."""
 
-    tensorboard: bool = Field(
-        default=False, description="also write TensorBoard events (needs the tensorboard package)"
-    )
-    wandb: str = Field(default="", description="also log to this Weights & Biases project (needs the wandb package)")
+    tensorboard: bool = setting(False, "also write TensorBoard events (needs the tensorboard package)")
+    wandb: str = setting("", "also log to this Weights & Biases project (needs the wandb package)")
 
 
 @dataclass(frozen=True, config=STRICT)
 class Recipe:
     """One run of `torchrun -m oapl_engine.train`."""
 
-    run: Run = dataclasses.field(default_factory=Run)
-    model: Model = dataclasses.field(default_factory=Model)
-    data: Data = dataclasses.field(default_factory=Data)
-    reward: Reward = dataclasses.field(default_factory=Reward)
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    rollout: RolloutSection = dataclasses.field(default_factory=RolloutSection)
-    schedule: Schedule = dataclasses.field(default_factory=Schedule)
-    objective: ObjectiveSection = dataclasses.field(default_factory=ObjectiveSection)
-    train: Train = dataclasses.field(default_factory=Train)
-    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
-    weights: Weights = dataclasses.field(default_factory=Weights)
-    checkpoint: CheckpointSection = dataclasses.field(default_factory=CheckpointSection)
-    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
-    report: Report = dataclasses.field(default_factory=Report)
+    run: Run = Run()
+    model: Model = Model()
+    data: Data = Data()
+    reward: Reward = Reward()
+    sampling: Sampling = Sampling()
+    rollout: RolloutSection = RolloutSection()
+    schedule: Schedule = Schedule()
+    objective: ObjectiveSection = ObjectiveSection()
+    train: Train = Train()
+    optimizer: Optimizer = Optimizer()
+    weights: Weights = Weights()
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluation: Evaluation = Evaluation()
+    report: Report = Report()
 
 
 @dataclass(frozen=True, config=STRICT)
 class MicroModel:
     """The Llama that `oapl sft` makes from nothing."""
 
-    out: str = Field(default="", description="folder to write (Hugging Face layout); required")
-    hidden: int = Field(default=64, ge=32, description="hidden size")
-    layers: int = Field(default=3, ge=1, description="decoder layers")
-    heads: int = Field(default=2, ge=1, description="attention heads; vLLM's CPU attention wants head sizes from 32")
+    out: str = setting("", "folder to write (Hugging Face layout); required")
+    hidden: int = setting(64, "hidden size", ge=32)
+    layers: int = setting(3, "decoder layers", ge=1)
+    heads: int = setting(2, "attention heads; vLLM's CPU attention wants head sizes from 32", ge=1)
 
 
 @dataclass(frozen=True, config=STRICT)
 class SftTrain:
     """Supervised warm start."""
 
-    steps: int = Field(default=100, ge=1, description="optimizer steps")
-    batch_size: int = Field(default=64, ge=1, description="examples a step")
-    learning_rate: float = Field(default=3e-3, gt=0, allow_inf_nan=False, description="peak, linear decay to zero")
+    steps: int = setting(100, "optimizer steps", ge=1)
+    batch_size: int = setting(64, "examples a step", ge=1)
+    learning_rate: float = setting(3e-3, "peak, linear decay to zero", gt=0)
 
 
 @dataclass(frozen=True, config=STRICT)
 class SftRecipe:
     """One `oapl sft`: a micro model warmed up on generated examples."""
 
-    run: Run = dataclasses.field(default_factory=Run)
-    model: MicroModel = dataclasses.field(default_factory=MicroModel)
-    data: Data = dataclasses.field(default_factory=lambda: Data(source="micro", task="sort"))
-    train: SftTrain = dataclasses.field(default_factory=SftTrain)
+    run: Run = Run()
+    model: MicroModel = MicroModel()
+    data: Data = Data(source="micro", task="sort")
+    train: SftTrain = SftTrain()
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -394,10 +338,9 @@ def _set_field(tables: dict[str, Any], name: str, text: str, schema: type) -> No
     section, *path = name.split(".")
     sections = _sections(schema)
     if section not in sections:
-        raise ConfigError(f"override --{name}: {_unknown('section', section, list(sections))}")
-    fields = [f.name for f in dataclasses.fields(sections[section])]
-    if path[0] not in fields:
-        raise ConfigError(f"override --{name}: {_unknown('field', path[0], fields, section)}")
+        raise ConfigError(f"override --{name}: unknown section {section}; {nearest(section, sections)}")
+    if path[0] not in sections[section].__pydantic_fields__:
+        raise ConfigError(f"override --{name}: {_unknown_field(path[0], section, sections[section])}")
     table = tables.setdefault(section, {})
     for key in path[:-1]:
         table = table.setdefault(key, {})
@@ -411,20 +354,15 @@ def _toml_value(text: str) -> Any:
         return text
 
 
-def _sections(schema: type) -> dict[str, type]:
-    return {f.name: _section_type(schema, f.name) for f in dataclasses.fields(schema)}
+def _sections(schema: type) -> dict[str, Any]:
+    return {f.name: f.type for f in dataclasses.fields(schema)}
 
 
-def _section_type(schema: type, name: str) -> type:
-    kind = schema.__pydantic_fields__[name].annotation  # type: ignore[attr-defined]
-    return kind if isinstance(kind, type) else type(kind)
-
-
-def _unknown(what: str, name: str, valid: list[str], section: str = "") -> str:
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`did you mean …?`, or the whole list where nothing is near."""
+    valid = sorted(valid)
     near = difflib.get_close_matches(name, valid, 1, 0.5)
-    where = f" in [{section}]" if section else ""
-    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(valid))}"
-    return f"unknown {what} {name}{where}; {hint}"
+    return f"did you mean {near[0]}?" if near else f"there are: {', '.join(valid)}"
 
 
 def build(schema: type, tables: dict[str, Any], origin: str) -> Any:
@@ -433,7 +371,7 @@ def build(schema: type, tables: dict[str, Any], origin: str) -> Any:
     parts = {}
     for section, table in tables.items():
         if section not in sections:
-            raise ConfigError(f"{origin}: {_unknown('section', section, list(sections))}")
+            raise ConfigError(f"{origin}: unknown section {section}; {nearest(section, sections)}")
         if not isinstance(table, dict):
             raise ConfigError(
                 f"{origin}: {section} = {table!r} must be a table: write [{section}] and its fields below"
@@ -445,16 +383,20 @@ def build(schema: type, tables: dict[str, Any], origin: str) -> Any:
     return schema(**parts)
 
 
-def _explain(section: str, kind: type, error: pydantic.ValidationError) -> str:
+def _explain(section: str, kind: Any, error: pydantic.ValidationError) -> str:
     lines = []
     for item in error.errors(include_url=False):
         name = str(item["loc"][0])
         if item["type"] == "unexpected_keyword_argument":
-            lines.append(_unknown("field", name, [f.name for f in dataclasses.fields(kind)], section))
-            continue
-        doc = kind.__pydantic_fields__[name].description  # type: ignore[attr-defined]
-        lines.append(f"{section}.{name} = {item['input']!r}: {item['msg'].lower()} ({doc})")
+            lines.append(_unknown_field(name, section, kind))
+        else:
+            why = kind.__pydantic_fields__[name].description
+            lines.append(f"{section}.{name} = {item['input']!r}: {item['msg'].lower()} ({why})")
     return "; ".join(lines)
+
+
+def _unknown_field(name: str, section: str, kind: Any) -> str:
+    return f"unknown field {name} in [{section}]; {nearest(name, kind.__pydantic_fields__)}"
 
 
 def check_together(recipe: Recipe) -> None:
@@ -548,26 +490,20 @@ def to_toml(recipe: Recipe | SftRecipe) -> dict[str, Any]:
 
 def describe(schema: type) -> list[tuple[str, str, list[tuple[str, str, str, str]]]]:
     """[(section, why it exists, [(field, type, default, unit and reason)])] of a recipe class, in order."""
-    return [(name, (kind.__doc__ or "").strip(), _fields(kind)) for name, kind in _sections(schema).items()]
+    return [(name, kind.__doc__.strip(), _fields(kind)) for name, kind in _sections(schema).items()]
 
 
-def _fields(kind: type) -> list[tuple[str, str, str, str]]:
-    rows = []
-    for name, info in kind.__pydantic_fields__.items():  # type: ignore[attr-defined]
-        default = info.get_default(call_default_factory=True)
-        rows.append((name, _type_name(info.annotation), _shown(default), info.description))
-    return rows
+def _fields(kind: Any) -> list[tuple[str, str, str, str]]:
+    fields = kind.__pydantic_fields__.items()
+    return [(name, _type_name(info.annotation), _shown(info.default), info.description) for name, info in fields]
 
 
 def _type_name(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return " | ".join(f'"{choice}"' for choice in get_args(annotation))
-    if isinstance(annotation, type) and not get_args(annotation):
-        return {"str": "text", "bool": "true | false"}.get(annotation.__name__, annotation.__name__)
-    return str(annotation).replace("typing.", "").replace("str", "text").replace(" | None", "")
+    name = annotation.__name__ if type(annotation) is type else str(annotation).replace("typing.", "")
+    return name.replace("str", "text").replace("bool", "true | false").replace(" | None", "")
 
 
 def _shown(value: Any) -> str:
-    if value is None:
-        return "off"
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else json.dumps(value)
+    return "off" if value is None else json.dumps(value)
