@@ -26,7 +26,7 @@ from oapl_engine.inference.protocol import Sample, Sampling
 from oapl_engine.inference.supervisor import Engine, EngineOptions, EngineStartError, start_engine
 from oapl_engine.learner import Learner
 from oapl_engine.rewards import Verdict, VerifierPool
-from oapl_engine.rewards.verdict import check_name, check_options
+from oapl_engine.rewards.verdict import check_verifier
 from oapl_engine.samples import Group, Prompt, Rollout, group_key
 from oapl_engine.scheduler import events as e
 from oapl_engine.trainer.model import published_weights
@@ -55,8 +55,7 @@ def open_generator(learner: Learner, inbox: queue.SimpleQueue[e.Event]) -> Itera
         other = replace(data, task=recipe.evaluation.task)
         held_out = load_task(other, recipe.run.seed, learner.policy.tokenizer).held_out
     name, options = recipe.reward.name or task.verifier, {**task.verifier_options, **recipe.reward.options}
-    check_name(name)
-    check_options(name, options)
+    check_verifier(name, options)
     pool = VerifierPool(recipe.reward.workers, recipe.reward.timeout_seconds, recipe.reward.memory_mb)
     generator = Generator(
         *(learner, task, held_out, context, name, options, pool, inbox, learner.position),

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oapl_engine.config import ConfigError
+from oapl_engine.config import ConfigError, nearest
 from oapl_engine.data.hub import hub_source
 from oapl_engine.data.jsonl import finite_source, parsed_lines, problems_of_rows
-from oapl_engine.data.problem import Problem, Source, nearest
+from oapl_engine.data.problem import Problem, Source
 
 COLUMNS = "problem (text; question is taken too) and answer (text or number)"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from oapl_engine.config import ConfigError
+from oapl_engine.config import ConfigError, nearest
 from oapl_engine.data.jsonl import finite_source, problems_of_rows
-from oapl_engine.data.problem import Source, nearest
+from oapl_engine.data.problem import Source
 
 OPTIONS = {"config": None, "split": "train", "revision": None, "question": "question", "answer": "answer"}
 

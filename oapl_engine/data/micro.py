@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
-from oapl_engine.config import ConfigError
-from oapl_engine.data.problem import Problem, Source, nearest
+from oapl_engine.config import ConfigError, nearest
+from oapl_engine.data.problem import Problem, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

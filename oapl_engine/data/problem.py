@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,10 +30,3 @@ class Source:
     finite: bool
     verifier: str
     verifier_options: dict[str, Any] = field(default_factory=dict)
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """`did you mean …?`, or the whole list where nothing is near."""
-    valid = sorted(valid)
-    near = difflib.get_close_matches(name, valid, 1, 0.5)
-    return f"did you mean {near[0]}?" if near else f"there are: {', '.join(valid)}"

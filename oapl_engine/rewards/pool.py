@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from oapl_engine.rewards.frames import read_frame, write_frame
-from oapl_engine.rewards.verdict import Verdict, check_name, check_options
+from oapl_engine.rewards.verdict import Verdict, check_verifier
 
 STARTUP_SECONDS = 300.0  # a process start and the verifier's imports, on a machine under load
 
@@ -44,12 +44,6 @@ class VerifierPool:
         """Like `rewards.verify`, in a worker. Raises ConfigError on an unknown name or option."""
         return await asyncio.wrap_future(self._submit(name, response, record, options or {}))
 
-    def verify_blocking(
-        self, name: str, response: str, record: dict[str, Any], options: dict[str, Any] | None = None
-    ) -> Verdict:
-        """`verify` for callers without an event loop."""
-        return self._submit(name, response, record, options or {}).result()
-
     def verify_many(
         self, name: str, items: Sequence[tuple[str, dict[str, Any]]], options: dict[str, Any] | None = None
     ) -> list[Verdict]:
@@ -73,8 +67,7 @@ class VerifierPool:
         self.close()
 
     def _submit(self, name: str, response: str, record: dict[str, Any], options: dict[str, Any]) -> Future[Verdict]:
-        check_name(name)
-        check_options(name, options)
+        check_verifier(name, options)
         request = {"name": name, "response": response, "record": record, "options": options, "memory_mb": self._memory}
         return self._threads.submit(self._run, request)
 

@@ -8,7 +8,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from oapl_engine.rewards.extract import extract_answer
+from oapl_engine.rewards.exact import extract_answer
 
 TUPLES = ("arc_agi", "rearc")  # their scorers compare boards as tuples, JSON has lists
 

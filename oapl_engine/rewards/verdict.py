@@ -6,7 +6,6 @@ A verifier is `function(response, record, options)`; it returns a reward, or (re
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import math
@@ -14,6 +13,9 @@ import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from oapl_engine.config import ConfigError, nearest
+from oapl_engine.rewards.exact import check_extract
 
 Verifier = Callable[[str, dict[str, Any], dict[str, Any]], Any]
 
@@ -42,8 +44,8 @@ def verify(name: str, response: str, record: dict[str, Any], options: dict[str, 
 
     Raises ConfigError where `name` or an option is unknown; whatever the verifier raises becomes the verdict.
     """
+    check_verifier(name, options or {})
     function = load_verifier(name)
-    check_options(name, options or {})
     try:
         return _checked(function(response, record, options or {}))
     except MemoryError:
@@ -54,10 +56,7 @@ def verify(name: str, response: str, record: dict[str, Any], options: dict[str, 
 
 @functools.cache
 def load_verifier(name: str) -> Verifier:
-    """The verifier of that name, imported. Raises ConfigError naming the nearest."""
-    from oapl_engine.config import ConfigError
-
-    check_name(name)
+    """The verifier of that name, imported. Raises ConfigError."""
     module, _, function = VERIFIERS.get(name, name).partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
@@ -66,26 +65,14 @@ def load_verifier(name: str) -> Verifier:
     return found  # type: ignore[no-any-return]
 
 
-def check_name(name: str) -> None:
-    """Raises ConfigError where no verifier has that name; imports nothing of the verifier."""
-    if name in VERIFIERS or ":" in name:
-        return
-    from oapl_engine.config import ConfigError
-
-    near = difflib.get_close_matches(name, VERIFIERS, 1, 0.5)
-    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(VERIFIERS)}, or package.module:function"
-    raise ConfigError(f'reward.name = "{name}" is no verifier; {hint}')
-
-
-def check_options(name: str, options: dict[str, Any]) -> None:
-    """Raises ConfigError where an option of one of our verifiers is unknown or contradictory."""
-    from oapl_engine.rewards.extract import check_extract
-
+def check_verifier(name: str, options: dict[str, Any]) -> None:
+    """Raises ConfigError for an unknown name, and an unknown or contradictory option of one of our verifiers."""
+    if name not in VERIFIERS and ":" not in name:
+        hint = nearest(name, [*VERIFIERS, "package.module:function"])
+        raise ConfigError(f'reward.name = "{name}" is no verifier; {hint}')
     if name in ("exact", "reasoning_gym"):
         check_extract(options)
     elif name == "math" and options:
-        from oapl_engine.config import ConfigError
-
         raise ConfigError(f'reward.options = {options}: the verifier "math" has none; remove them')
 
 

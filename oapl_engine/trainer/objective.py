@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 
 from oapl_kernels import Objective, group_advantage, grpo_advantage
 from oapl_kernels.objectives import OBJECTIVES, with_reference_kl
 from torch import Tensor
 
-from oapl_engine.config import ConfigError, ObjectiveSection
+from oapl_engine.config import ConfigError, ObjectiveSection, nearest
 
 # r - mean(r), as these publish it; "oapl" has its own value, and the others divide by the group's standard deviation.
 MEAN_BASELINE = ("kimi", "dr_grpo", "topr")
@@ -19,9 +18,7 @@ PER_TOKEN = ("dapo", "cispo")
 def make_objective(section: ObjectiveSection, beta2: float) -> Objective:
     """The objective of a step. Raises ConfigError for an unknown name or switch."""
     if section.name not in OBJECTIVES:
-        near = difflib.get_close_matches(section.name, OBJECTIVES, 1, 0.4)
-        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(OBJECTIVES))}"
-        raise ConfigError(f'objective.name = "{section.name}" is unknown; {hint}')
+        raise ConfigError(f'objective.name = "{section.name}" is unknown; {nearest(section.name, OBJECTIVES)}')
     factory = OBJECTIVES[section.name]
     options = {"oapl": {"beta2": beta2}, "kimi": {"tau": beta2}}.get(section.name, {}) | section.options
     allowed = inspect.signature(factory).parameters

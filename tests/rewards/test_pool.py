@@ -50,8 +50,12 @@ def gone(pid, seconds=20):
     return False
 
 
+def ask(pool, *request):
+    return asyncio.run(pool.verify(*request))
+
+
 def still_works(pool):
-    return pool.verify_blocking(bad("good"), "1", RECORD).reward == 1
+    return ask(pool, bad("good"), "1", RECORD).reward == 1
 
 
 def test_pool_agrees_with_verify(pool):
@@ -64,28 +68,28 @@ def test_pool_agrees_with_verify(pool):
         (bad("nan"), "1", RECORD, {}),
     ]
     for case in cases:
-        assert pool.verify_blocking(*case) == verify(*case)
+        assert ask(pool, *case) == verify(*case)
 
 
 def test_unknown_names_are_refused_before_a_worker_sees_them(pool):
     with pytest.raises(ConfigError, match="did you mean exact"):
-        pool.verify_blocking("exat", "1", RECORD)
-    assert "cannot be loaded" in pool.verify_blocking("no_module:f", "1", RECORD).detail["reason"]
+        ask(pool, "exat", "1", RECORD)
+    assert "cannot be loaded" in ask(pool, "no_module:f", "1", RECORD).detail["reason"]
 
 
 @pytest.mark.parametrize("name", ["sleeps", "backtracks"])
 def test_a_hanging_verifier_is_killed_and_invalid(name):
     with VerifierPool(1, timeout_seconds=0.3) as pool:
-        verdict = pool.verify_blocking(bad(name), "1", RECORD)
+        verdict = ask(pool, bad(name), "1", RECORD)
         assert (verdict.status, verdict.reward) == ("invalid", None)
         assert "0.3 s (reward.timeout_seconds)" in verdict.detail["reason"]
-        verdict = pool.verify_blocking(bad(name), "1", RECORD)
+        verdict = ask(pool, bad(name), "1", RECORD)
         assert verdict.status == "invalid"
 
 
 def test_the_time_limit_does_not_count_imports():
     with VerifierPool(1, timeout_seconds=0.5) as pool:  # importing math-verify takes longer
-        assert pool.verify_blocking("math", "1", RECORD).reward == 1
+        assert ask(pool, "math", "1", RECORD).reward == 1
 
 
 @pytest.mark.parametrize(
@@ -99,15 +103,15 @@ def test_the_time_limit_does_not_count_imports():
     ],
 )
 def test_a_failing_verifier_gives_its_reason_and_the_pool_goes_on(pool, name, status, reason):
-    verdict = pool.verify_blocking(bad(name), "1", RECORD)
+    verdict = ask(pool, bad(name), "1", RECORD)
     assert (verdict.status, verdict.reward) == (status, None)
     assert reason in verdict.detail["reason"]
     assert still_works(pool)
 
 
 def test_printing_and_long_details_disturb_nothing(pool, capfd):
-    assert pool.verify_blocking(bad("prints"), "1", RECORD).reward == 1
-    verdict = pool.verify_blocking(bad("long_detail"), "1", RECORD)
+    assert ask(pool, bad("prints"), "1", RECORD).reward == 1
+    verdict = ask(pool, bad("long_detail"), "1", RECORD)
     assert verdict.reward == 1
     assert "left out" in verdict.detail["reason"]
     assert still_works(pool)
@@ -115,7 +119,7 @@ def test_printing_and_long_details_disturb_nothing(pool, capfd):
 
 
 def test_a_worker_serves_many_verdicts(pool):
-    pids = {pool.verify_blocking(bad("good"), "1", RECORD).detail["pid"] for _ in range(3)}
+    pids = {ask(pool, bad("good"), "1", RECORD).detail["pid"] for _ in range(3)}
     assert len(pids) == 1
     assert os.getpid() not in pids
 
@@ -123,14 +127,14 @@ def test_a_worker_serves_many_verdicts(pool):
 def test_forks_of_a_verifier_do_not_survive_it(pool, tmp_path):
     file = tmp_path / "pid"
     file.touch()
-    assert pool.verify_blocking(bad("forks"), "1", {"file": str(file)}).reward == 1
+    assert ask(pool, bad("forks"), "1", {"file": str(file)}).reward == 1
     assert gone(int(file.read_text()))
     assert still_works(pool)
 
 
 def test_a_fork_that_returns_gives_no_second_verdict(pool):
-    assert [pool.verify_blocking(bad("forks_and_returns_twice"), "1", RECORD).reward for _ in range(3)] == [1, 1, 1]
-    assert pool.verify_blocking(bad("good"), "2", RECORD).reward == 0
+    assert [ask(pool, bad("forks_and_returns_twice"), "1", RECORD).reward for _ in range(3)] == [1, 1, 1]
+    assert ask(pool, bad("good"), "2", RECORD).reward == 0
 
 
 def test_many_keep_their_order_on_several_workers():
@@ -157,7 +161,7 @@ def test_async_verdicts_run_beside_a_hanging_one():
 def test_close_leaves_no_process_and_no_descriptor():
     before, descriptors = children(), psutil.Process().num_fds()
     pool = VerifierPool(2, timeout_seconds=0.2)
-    pool.verify_blocking(bad("sleeps"), "1", RECORD)
+    ask(pool, bad("sleeps"), "1", RECORD)
     assert len(children() - before) == 2
     pool.close()
     pool.close()
@@ -173,9 +177,11 @@ def test_close_ends_a_verdict_under_way():
 
 
 OWNER = """
+import asyncio
 from oapl_engine.rewards import VerifierPool
 import sys
-VerifierPool(1, timeout_seconds=3600).verify_blocking("bad_verifiers:sleeps_and_tells", "1", {"file": sys.argv[1]})
+pool = VerifierPool(1, timeout_seconds=3600)
+asyncio.run(pool.verify("bad_verifiers:sleeps_and_tells", "1", {"file": sys.argv[1]}))
 """
 
 
@@ -194,7 +200,7 @@ def test_workers_die_with_a_killed_owner_even_while_they_hold_the_gil(tmp_path):
 
 
 def test_workers_hold_no_torch(pool):
-    pid = pool.verify_blocking(bad("good"), "1", RECORD).detail["pid"]
+    pid = ask(pool, bad("good"), "1", RECORD).detail["pid"]
     maps = Path(f"/proc/{pid}/maps").read_text()
     assert "libpython" in maps or "python" in maps
     assert "libtorch" not in maps

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from oapl_engine.config import ConfigError
 from oapl_engine.rewards import verify
-from oapl_engine.rewards.extract import extract_answer
+from oapl_engine.rewards.exact import extract_answer
 
 NUMBER = {"extract": "last_number"}
 
