@@ -19,6 +19,7 @@ from experiments.lag_map import DATA, HELD_OUT, LAGS, SETTINGS, TUNED_AT, tuning
 from oapl_engine.evaluation.pass_at_k import mean_and_error, pass_at_k_each
 
 PAGE = ROOT / "docs" / "results.md"
+BOOTSTRAPS = 2000
 BEGIN, END = "<!-- written by experiments/lag_map_report.py -->", "<!-- until here -->"
 
 Row = dict[str, Any]
@@ -91,7 +92,7 @@ def variant_table(rows: dict[str, Row]) -> list[str]:
 
 
 def crossover(rows: dict[str, Row]) -> list[str]:
-    """OAPL against the best other objective at each lag."""
+    """OAPL against the best other objective and GRPO-clip at each lag, and the lag where it overtakes GRPO-clip."""
     lines = []
     for lag in LAGS:
         ours = select(rows.values(), kind="map", objective="OAPL", lag=lag)
@@ -100,9 +101,45 @@ def crossover(rows: dict[str, Row]) -> list[str]:
         if not ours or not others:
             continue
         best = max(others, key=lambda o: interval(others[o])[0])
-        (a, da), (b, db) = interval(ours), interval(others[best])
-        lines.append(f"- L={lag}: OAPL − {best} (the best other) = {a - b:+.3f} ± {math.hypot(da, db):.3f}")
+        parts = [f"− {best} (the best other) {_difference(ours, others[best])}"]
+        if best != "GRPO-clip" in others:
+            parts.append(f"− GRPO-clip {_difference(ours, others['GRPO-clip'])}")
+        lines.append(f"- L={lag}: OAPL {', '.join(parts)}")
+    crossings = overtakes(rows)
+    if crossings:
+        low, middle, high = np.quantile(crossings, [0.05, 0.5, 0.95])
+        lines.append(
+            f"- OAPL overtakes GRPO-clip at L = {middle:.0f} (90 % of {BOOTSTRAPS} bootstraps over seeds: {low:.0f} to "
+            f"{high:.0f}; in {1 - len(crossings) / BOOTSTRAPS:.0%} it never does)"
+        )
     return lines
+
+
+def _difference(ours: Sequence[Row], theirs: Sequence[Row]) -> str:
+    (a, da), (b, db) = interval(ours), interval(theirs)
+    return f"= {a - b:+.3f} ± {math.hypot(da, db):.3f}"
+
+
+def overtakes(rows: dict[str, Row]) -> list[float]:
+    """The lag above which OAPL stays ahead of GRPO-clip, by bootstrap over seeds: straight lines between the map's lags
+    on a logarithmic scale. No entry where GRPO-clip is ahead at the longest lag; L = 1 where OAPL always is."""
+    found = [
+        [[final(r) for r in select(rows.values(), kind="map", objective=o, lag=lag)] for lag in LAGS]
+        for o in ("OAPL", "GRPO-clip")
+    ]
+    if not all(values for lags in found for values in lags):
+        return []
+    draw_from, crossings = np.random.default_rng(0), []
+    for _ in range(BOOTSTRAPS):
+        ours, theirs = ([np.mean(draw_from.choice(values, len(values))) for values in lags] for lags in found)
+        ahead = np.subtract(ours, theirs)
+        behind = np.flatnonzero(ahead <= 0)
+        if len(behind) == 0:
+            crossings.append(float(LAGS[0]))
+        elif (i := behind[-1]) < len(LAGS) - 1:
+            share = -ahead[i] / (ahead[i + 1] - ahead[i])
+            crossings.append(math.exp(math.log(LAGS[i]) * (1 - share) + math.log(LAGS[i + 1]) * share))
+    return crossings
 
 
 def draw(rows: dict[str, Row], folder: Path) -> list[Path]:
@@ -127,13 +164,15 @@ def _lag_map(rows: dict[str, Row], folder: Path) -> Path:
     figure, (axes,) = _figure(6, 1)
     for objective in SETTINGS:
         points = [(lag, *interval(select(rows.values(), kind="map", objective=objective, lag=lag))) for lag in LAGS]
-        axes.errorbar(*zip(*points, strict=True), marker="o", capsize=3, label=objective)
+        shorter, twice = points[:-1], points[-1:]  # L = 400 trains for 800 steps, the others for 400: no line between
+        line = axes.errorbar(*zip(*shorter, strict=True), marker="o", capsize=3, label=objective).lines[0]
+        axes.errorbar(*zip(*twice, strict=True), marker="D", capsize=3, color=line.get_color())
     start = [r["evaluations"][0]["pass_at_k"]["1"] for r in rows.values() if r["kind"] == "map"]
     if start:
         axes.axhline(float(np.mean(start)), color="gray", linestyle=":", label="before training")
     axes.set_xscale("log")
     axes.set_xticks(LAGS, [str(lag) for lag in LAGS])
-    axes.set_xlabel("L, optimizer steps between publishes")
+    axes.set_xlabel("L, optimizer steps between publishes (diamonds: 800 steps in all, else 400)")
     axes.set_ylabel("final held-out pass@1")
     axes.legend()
     return _save(figure, folder / "lag_map.svg")
@@ -167,18 +206,30 @@ def _curves(rows: dict[str, Row], folder: Path) -> Path:
 
 
 def _generations(rows: dict[str, Row], folder: Path) -> Path:
-    """Reward over rollouts generated: few large rounds against publishing at every step."""
-    figure, (axes,) = _figure(6, 1)
+    """Accuracy of each published policy over the tokens that were generated to make it; stars: the final one, on the
+    held-out problems."""
+    figure, (axes,) = _figure(7, 1)
     shown = [
-        ("OAPL", 400, "map", "OAPL, two offline rounds (L=400)"),
         ("GRPO-clip", 1, "map", "GRPO-clip, online (L=1)"),
+        ("OAPL", 64, "map", "OAPL, L=64"),
+        ("OAPL", 400, "map", "OAPL, two offline rounds (L=400)"),
+        ("OAPL", 200, "variant/4 epochs a window", "OAPL, two offline rounds of 4 epochs (L=200)"),
     ]
-    for objective, lag, kind, label in [*shown, ("OAPL", 200, "variant/4 epochs a window", "OAPL, L=200, 4 epochs")]:
-        for i, row in enumerate(select(rows.values(), kind=kind, objective=objective, lag=lag)[:1]):
-            tokens = [v or 0 for v in row["curves"]["tokens_generated"]]
-            axes.plot(tokens, row["curves"]["reward_mean"], label=label if i == 0 else None)
-    axes.set_xlabel("tokens generated")
-    axes.set_ylabel("training reward")
+    for objective, lag, kind, label in shown:
+        found = select(rows.values(), kind=kind, objective=objective, lag=lag)
+        if not found:
+            continue
+        tokens, reward = (
+            np.mean([[math.nan if v is None else v for v in row["curves"][name]] for row in found], 0)
+            for name in ("tokens_generated", "reward_mean")
+        )
+        ends = np.arange(0, len(tokens), max(1, lag / CURVE)).astype(int)  # windows begin here, and a policy with them
+        made_of = np.concatenate([[0.0], tokens[ends[1:] - 1], tokens[-1:]])
+        accuracy = [float(np.mean(part)) for part in np.split(reward, ends[1:])]
+        (line,) = axes.plot(made_of, [*accuracy, interval(found)[0]], marker=".", label=label)
+        axes.plot(made_of[-1], interval(found)[0], marker="*", markersize=12, color=line.get_color())
+    axes.set_xlabel("tokens generated for training before this policy")
+    axes.set_ylabel("its pass@1 (star: held-out problems)")
     if axes.lines:
         axes.legend()
     return _save(figure, folder / "lag_map_generations.svg")

@@ -17,7 +17,7 @@ from experiments.lag_map import (
     tuning_cells,
     variant_cells,
 )
-from experiments.lag_map_report import PAGE, crossover, draw, map_table, report, with_tables
+from experiments.lag_map_report import PAGE, crossover, draw, map_table, overtakes, report, with_tables
 from experiments.value_bias import SIZES, bias
 from oapl_engine.config import load_recipe
 
@@ -67,8 +67,24 @@ def test_tables_and_pictures_of_a_partial_map(tmp_path):
             rows[f"{objective}{seed}"] = row | {"evaluations": [one]}
     assert "| OAPL | – | – | 0.375 ± 0.125 (2) | – | – |" in map_table(rows)
     assert crossover(rows) == ["- L=64: OAPL − GRPO-clip (the best other) = +0.125 ± 0.125"]
+    assert overtakes(rows) == []
     assert all(path.stat().st_size > 0 for path in draw(rows, tmp_path))
     assert "### Variants" in report(rows)
+
+
+def test_where_one_overtakes_the_other():
+    def grid(ours, theirs):
+        last = lambda right: [{"n": 16, "correct": [right] * HELD_OUT}]  # noqa: E731
+        return {
+            f"{objective}{lag}": {"kind": "map", "objective": objective, "lag": lag, "evaluations": last(right)}
+            for objective, row in {"OAPL": ours, "GRPO-clip": theirs}.items()
+            for lag, right in zip(LAGS, row, strict=True)
+        }
+
+    level = [8] * len(LAGS)
+    assert overtakes(grid([4, 6, 7, 9, 9], level))[0] == pytest.approx(math.sqrt(64 * 200))
+    assert set(overtakes(grid([9] * 5, level))) == {LAGS[0]}
+    assert overtakes(grid([9, 9, 9, 9, 4], level)) == []
 
 
 def test_the_bias_of_the_value_is_of_order_one_over_g():
