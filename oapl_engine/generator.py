@@ -27,7 +27,7 @@ from oapl_engine.inference.supervisor import Engine, EngineOptions, EngineStartE
 from oapl_engine.learner import Learner
 from oapl_engine.rewards import Verdict, VerifierPool
 from oapl_engine.rewards.verdict import check_verifier
-from oapl_engine.samples import Group, Prompt, Rollout, group_key
+from oapl_engine.samples import Group, Prompt, group_key, rollout_of
 from oapl_engine.scheduler import events as e
 from oapl_engine.trainer.model import published_weights
 from oapl_engine.trainer.score import score
@@ -200,7 +200,7 @@ class Generator:
             samples = self.collector.generate_many(prompts, 1, self._sampling())
             pairs = zip(prompts, samples, strict=True)
             self._count_evaluation(s for group in samples for s in group)
-            probe = [[*p.token_ids.tolist(), *np.frombuffer(s[0].token_ids, "<i4").tolist()] for p, s in pairs]
+            probe = [[*p.token_ids.tolist(), *s[0].ids().tolist()] for p, s in pairs]
             path.write_text(json.dumps(probe))
         found: list[list[int]] = json.loads(path.read_text())
         return found
@@ -384,7 +384,7 @@ class Generator:
     def _responses(self, prompts: Sequence[Prompt], n: int, temperature: float) -> list[list[list[int]]]:
         sampling = msgspec.structs.replace(self._sampling(), temperature=temperature)
         samples = self.collector.generate_many(prompts, n, sampling)
-        responses = [[np.frombuffer(s.token_ids, "<i4").tolist() for s in group] for group in samples]
+        responses = [[s.ids().tolist() for s in group] for group in samples]
         self._count_evaluation(s for group in samples for s in group)
         return responses
 
@@ -462,13 +462,6 @@ class Generator:
 
 def _as_group(number: int, token_ids: NDArray[np.int32]) -> Group:
     """A sequence as a group of one rollout whose every token but the first is scored."""
-    length = len(token_ids)
-    mask = np.ones(length, np.uint8)
-    mask[0] = 0
-    prompt = Prompt(f"probe{number}", token_ids[:1], "probe")
-    zeros = np.zeros(length, np.float32)
-    rollout = Rollout(
-        *(f"probe.{number}.0", prompt.id, f"probe.{number}", 0, "probe", token_ids, 1, mask, zeros, ()),
-        *("stop", "scored", 0.0),
-    )
-    return Group(f"probe.{number}", prompt, (rollout,), 0)
+    prompt, name = Prompt(f"probe{number}", token_ids[:1], "probe"), f"probe.{number}"
+    rollout = rollout_of(prompt, name, 0, token_ids[1:], spans=(), finish="stop", status="scored", reward=0.0)
+    return Group(name, prompt, (rollout,), 0)

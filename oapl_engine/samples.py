@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Finish = Literal["stop", "length", "abort"]
 Status = Literal["scored", "invalid", "aborted", "lost"]
@@ -122,10 +122,38 @@ class Batch:
     reference_logprob: NDArray[np.float32] | None = None
 
 
+def rollout_of(
+    prompt: Prompt,
+    group: str,
+    sample: int,
+    response: ArrayLike,
+    logprobs: ArrayLike = 0.0,
+    loss_mask: ArrayLike = 1,
+    **fields: Any,
+) -> Rollout:
+    """A rollout of `prompt` with response token ids [R]; log-probs and mask are [R], or one value for all of it.
+
+    fields: the others of a Rollout by name; `key` too, where it is not the group's and the sample's.
+    """
+    before, tokens = np.zeros(len(prompt.token_ids)), len(np.asarray(response))
+
+    def behind_prompt(values: ArrayLike) -> NDArray[Any]:
+        return np.concatenate([before, np.broadcast_to(values, tokens)])
+
+    return Rollout(
+        key=fields.pop("key", f"{group}.{sample}"),
+        prompt_id=prompt.id,
+        group=group,
+        sample=sample,
+        task=prompt.task,
+        token_ids=np.concatenate([prompt.token_ids, response]).astype(np.int32),
+        prompt_length=len(before),
+        loss_mask=behind_prompt(loss_mask).astype(np.uint8),
+        behavior_logprob=behind_prompt(logprobs).astype(np.float32),
+        **fields,
+    )
+
+
 def group_key(epoch: int, prompt_id: str, attempt: int) -> str:
     """Group id; a rollout's key is this plus ".{sample}"."""
     return f"{epoch}.{prompt_id}.{attempt}"
-
-
-def rollout_key(group: str, sample: int) -> str:
-    return f"{group}.{sample}"

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import AutoConfig
 
 from oapl_engine.config import ConfigError, Data, Recipe, apply_overrides, build, read_toml
@@ -193,7 +192,7 @@ def _generate(
 
         def generate(prompts: Sequence[Prompt], n: int, _: float) -> list[list[list[int]]]:
             found = collector.generate_many(prompts, n, sampling)
-            return [[np.frombuffer(x.token_ids, "<i4").tolist() for x in group] for group in found]
+            return [[x.ids().tolist() for x in group] for group in found]
 
         def verify(pairs: Pairs) -> list[Verdict]:
             text = [(tokenizer.decode(ids, skip_special_tokens=True), prompt.record) for prompt, ids in pairs]

@@ -8,30 +8,19 @@ import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from oapl_engine.inference.client import EngineClient, EngineLost
 from oapl_engine.inference.protocol import Sample, Sampling
-from oapl_engine.samples import Group, Prompt, Rollout, Span, rollout_key
+from oapl_engine.samples import Group, Prompt, Rollout, Span, rollout_of
 
 T = TypeVar("T")
 
 
-class Verdict(Protocol):
-    """What `verify` returns (rewards.Verdict is one). status: "scored" | "invalid" | "error"."""
-
-    @property
-    def status(self) -> str: ...
-    @property
-    def reward(self) -> float | None: ...
-    @property
-    def detail(self) -> dict[str, Any]: ...
-
-
-Verify = Callable[[Prompt, NDArray[np.int32]], Awaitable[Verdict]]
+Verify = Callable[[Prompt, NDArray[np.int32]], Awaitable[Any]]  # a rewards.Verdict
 
 
 class Collector:
@@ -115,30 +104,43 @@ class Collector:
 
     async def _group(self, prompt: Prompt, group_id: str, group_size: int, sampling: Sampling) -> None:
         begin = time.time_ns()
-        lost = [_lost(prompt, group_id, i, begin) for i in range(group_size)]
+        nothing: dict[str, Any] = {"finish": "abort", "spans": (), "started_ns": begin, "finished_ns": begin}
         finishing: dict[int, asyncio.Task[Rollout]] = {}
         try:
             async for sample in self.client.generate(prompt.token_ids, group_size, sampling):
                 finished = self._finish(prompt, group_id, sample, begin)
                 finishing[sample.index] = asyncio.create_task(finished)
         except EngineLost:
-            pass  # samples that did not arrive stay "lost"; the supervisor reports the engine
-        rollouts = [await finishing[i] if i in finishing else lost[i] for i in range(group_size)]
+            pass  # samples that did not arrive are "lost"; the supervisor reports the engine
+        rollouts = [
+            await finishing[i] if i in finishing else rollout_of(prompt, group_id, i, [], status="lost", **nothing)
+            for i in range(group_size)
+        ]
         versions = [s.version for r in rollouts for s in r.spans]
         self._on_group(Group(group_id, prompt, tuple(rollouts), min(versions, default=-1)))
 
     async def _finish(self, prompt: Prompt, group_id: str, sample: Sample, begin: int) -> Rollout:
-        rollout = to_rollout(prompt, group_id, sample, begin, time.time_ns())
+        rollout = rollout_of(
+            prompt,
+            group_id,
+            sample.index,
+            sample.ids(),
+            np.frombuffer(sample.logprobs, "<f4"),
+            spans=tuple(Span(*s) for s in sample.spans),
+            finish=sample.finish,
+            status="aborted",
+            started_ns=begin,
+            finished_ns=time.time_ns(),
+        )
         if sample.finish == "abort":
             return rollout
         verdict = await self._verify(prompt, rollout.response_ids)
         reward, detail = verdict.reward, verdict.detail
-        if verdict.status != "scored":
-            return dataclasses.replace(rollout, status="invalid", reward_detail=detail)
-        if reward is None or not math.isfinite(reward):
+        if verdict.status == "scored" and (reward is None or not math.isfinite(reward)):
             detail = {**detail, "error": f"reward {reward} is not a finite number"}
-            return dataclasses.replace(rollout, status="invalid", reward_detail=detail)
-        return dataclasses.replace(rollout, status="scored", reward=float(reward), reward_detail=detail)
+        elif verdict.status == "scored":
+            return dataclasses.replace(rollout, status="scored", reward=float(reward), reward_detail=detail)
+        return dataclasses.replace(rollout, status="invalid", reward_detail=detail)
 
     async def _generate_many(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[list[Sample]]:
         return list(await asyncio.gather(*(self._generate(p, n, sampling) for p in prompts)))
@@ -146,31 +148,3 @@ class Collector:
     async def _generate(self, prompt: Prompt, n: int, sampling: Sampling) -> list[Sample]:
         samples = [s async for s in self.client.generate(prompt.token_ids, n, sampling)]
         return sorted(samples, key=lambda s: s.index)
-
-
-def to_rollout(prompt: Prompt, group_id: str, sample: Sample, started_ns: int, finished_ns: int) -> Rollout:
-    """An unverified Rollout (status "aborted", reward None) of a finished sample."""
-    response = np.frombuffer(sample.token_ids, "<i4")
-    zeros = np.zeros(len(prompt.token_ids), np.float32)
-    mask = np.concatenate([zeros, np.ones(len(response))]).astype(np.uint8)
-    return Rollout(
-        key=rollout_key(group_id, sample.index),
-        prompt_id=prompt.id,
-        group=group_id,
-        sample=sample.index,
-        task=prompt.task,
-        token_ids=np.concatenate([prompt.token_ids, response]).astype(np.int32),
-        prompt_length=len(prompt.token_ids),
-        loss_mask=mask,
-        behavior_logprob=np.concatenate([zeros, np.frombuffer(sample.logprobs, "<f4")]),
-        spans=tuple(Span(*s) for s in sample.spans),
-        finish=sample.finish,
-        status="aborted",
-        started_ns=started_ns,
-        finished_ns=finished_ns,
-    )
-
-
-def _lost(prompt: Prompt, group_id: str, index: int, started_ns: int) -> Rollout:
-    nothing = Sample(index, b"", b"", "abort", ())
-    return dataclasses.replace(to_rollout(prompt, group_id, nothing, started_ns, started_ns), status="lost")

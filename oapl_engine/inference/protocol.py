@@ -7,6 +7,8 @@ import struct
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 LENGTH = struct.Struct("<I")
 FRAME_LIMIT = 1 << 30  # bytes; a longer length prefix means that the stream is out of step
@@ -36,6 +38,9 @@ class Sample(msgspec.Struct, frozen=True):
     finish: Literal["stop", "length", "abort"]
     spans: tuple[tuple[int, int, int], ...]
     cached_tokens: int = 0
+
+    def ids(self) -> NDArray[np.int32]:
+        return np.frombuffer(self.token_ids, "<i4")
 
 
 class Request(msgspec.Struct, frozen=True):

@@ -8,12 +8,13 @@ differ from the model's own, sequence by sequence, and the next layout is tried.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from oapl_engine.samples import Batch, Rollout
+from oapl_engine.samples import Batch, Prompt, Rollout, rollout_of
 from oapl_engine.trainer.packing import Item, pack
 
 
@@ -56,15 +57,10 @@ def _probe_group(group: int, vocabulary: int) -> Item:
     draw = np.random.default_rng(group)
     prompt = draw.integers(0, vocabulary, 4 + group)
     responses = [draw.integers(0, vocabulary, length) for length in (3, 5)]
-    rollouts = tuple(_probe_rollout(f"{group}.{i}", prompt, r) for i, r in enumerate(responses))
+    about: dict[str, Any] = {"spans": (), "finish": "stop", "status": "scored", "reward": 0.0}
+    probe = Prompt("probe", prompt.astype(np.int32), "probe")
+    rollouts = tuple(rollout_of(probe, str(group), i, response, **about) for i, response in enumerate(responses))
     return Item(rollouts, np.zeros(2, np.float32))
-
-
-def _probe_rollout(key: str, prompt: np.ndarray, response: np.ndarray) -> Rollout:
-    tokens = np.concatenate([prompt, response]).astype(np.int32)
-    mask = (np.arange(len(tokens)) >= len(prompt)).astype(np.uint8)
-    zeros = np.zeros(len(tokens), np.float32)
-    return Rollout(key, "probe", key[0], 0, "probe", tokens, len(prompt), mask, zeros, (), "stop", "scored", 0.0)
 
 
 @torch.no_grad()

@@ -21,11 +21,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from oapl_engine.config import ConfigError
-from oapl_engine.samples import Group, Prompt, Rollout, Span, group_key, rollout_key
+from oapl_engine.samples import Group, Prompt, Rollout, Span, group_key, rollout_of
 
 IDENTITY = ("key", "prompt_id", "group", "sample", "version_first", "version_last")
 OURS = (*IDENTITY, "prompt_token_ids", "response_token_ids", "behavior_logprobs", "reward", "status")
 AUTHORS = ("prompt", "response", "precomputed_reward", "response_rewards")
+TASK = "offline"
 STATUSES = ("scored", "invalid", "aborted", "lost")
 Row = tuple[str, dict[str, Any]]  # where ("FILE line 3"), and the fields
 
@@ -145,17 +146,15 @@ def _our_rollout(where: str, row: dict[str, Any], limits: Limits) -> Rollout:
         raise ConfigError(f"{where}: rollout {row['key']} has zero {'response' if len(prompt) else 'prompt'} tokens")
     mask = np.ones(len(response), np.uint8) if row.get("loss_mask") is None else np.array(row["loss_mask"], np.uint8)
     behavior = row["behavior_logprobs"]
-    values = np.zeros(len(response), np.float32) if behavior is None else _behavior(where, behavior, mask, response)
-    return Rollout(
+    values = 0.0 if behavior is None else _behavior(where, behavior, mask, response)
+    return rollout_of(
+        Prompt(row["prompt_id"], prompt, TASK),
+        row["group"],
+        int(row["sample"]),
+        response,
+        values,
+        mask,
         key=row["key"],
-        prompt_id=row["prompt_id"],
-        group=row["group"],
-        sample=int(row["sample"]),
-        task="offline",
-        token_ids=np.concatenate([prompt, response]),
-        prompt_length=len(prompt),
-        loss_mask=np.concatenate([np.zeros(len(prompt), np.uint8), mask]),
-        behavior_logprob=np.concatenate([np.zeros(len(prompt), np.float32), values]),
         spans=_spans(where, row, len(response), limits),
         finish="stop" if len(response) and response[-1] in limits.stop_token_ids else "length",
         status=row["status"],
@@ -229,17 +228,11 @@ def _authors_rollout(
     if ids[-1] not in limits.stop_token_ids:
         ids.append(tokenizer.eos_token_id)  # text loses the stop token that the policy sampled
     response = _tokens(where, "response", ids, limits)[: limits.max_new_tokens]
-    tokens = np.concatenate([prompt, response])
-    return Rollout(
-        key=rollout_key(group, sample),
-        prompt_id=prompt_id,
-        group=group,
-        sample=sample,
-        task="offline",
-        token_ids=tokens,
-        prompt_length=len(prompt),
-        loss_mask=(np.arange(len(tokens)) >= len(prompt)).astype(np.uint8),
-        behavior_logprob=np.zeros(len(tokens), np.float32),
+    return rollout_of(
+        Prompt(prompt_id, prompt, TASK),
+        group,
+        sample,
+        response,
         spans=(Span(0, 0, len(response)),),
         finish="stop" if len(ids) <= limits.max_new_tokens else "length",
         status="scored",

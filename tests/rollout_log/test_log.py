@@ -15,14 +15,14 @@ from oapl_engine.rollout_log.database import LogDamaged, file_system
 from oapl_engine.rollout_log.journal import Journal
 from oapl_engine.rollout_log.ledger import Ledger
 from oapl_engine.rollout_log.log import RolloutLog
-from oapl_engine.samples import Group, Prompt, Rollout, Span, rollout_key
+from oapl_engine.samples import Group, Prompt, Rollout, Span
 
 
 def make_group(name, status="scored", n=2, version=3, reward_detail=None):
     prompt = Prompt(f"p{name}", np.arange(4, dtype=np.int32), "sort", {"answer": "12"})
     rollouts = tuple(
         Rollout(
-            rollout_key(f"0.p{name}.0", i), prompt.id, f"0.p{name}.0", i, "sort",
+            f"0.p{name}.0.{i}", prompt.id, f"0.p{name}.0", i, "sort",
             np.arange(4 + i + 1, dtype=np.int32), 4, np.array([0] * 4 + [1] * (i + 1), np.uint8),
             np.array([0] * 4 + [-0.5] * (i + 1), np.float32), (Span(version, 0, i + 1),), "stop", status,
             1.0 if status == "scored" else None, reward_detail or {"why": "x"}, 1, 2,
