@@ -48,61 +48,43 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"oapl {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    _add(commands, "train", _train, "teach a model by a recipe; the same command again resumes", _fields_help(Recipe))
-    _add(
-        commands,
-        "sft",
-        _sft,
-        "make the micro model: supervised warm start on generated examples",
-        _fields_help(SftRecipe),
+
+    def add(run: Callable, text: str, epilog: str = "") -> Callable:
+        shape = argparse.RawDescriptionHelpFormatter
+        name = run.__name__.strip("_")
+        command = commands.add_parser(name, help=text, description=text, epilog=epilog, formatter_class=shape)
+        command.set_defaults(run=run)
+        return command.add_argument
+
+    fields = "TOML file; fields below are overridden with --section.field VALUE"
+    add(_train, "teach a model by a recipe; the same command again resumes", _fields_help(Recipe))(
+        "recipe", help=fields
     )
-    _add(commands, "eval", _eval, "unbiased pass@k of models and runs on the same problems, with errors", "")
-    for name, run, text in (
-        ("rollouts", _rollouts, "export the rollouts of a run, one JSON object a line"),
-        ("figure", _figure, "draw a run: what it learned, or when it generated, verified, trained and published"),
-        (
-            "doctor",
-            _doctor,
-            "why a run does not learn; or, with --weights, whether a publish reaches a live engine whole",
-        ),
-        ("configuration", _configuration, "print docs/configuration.md"),
-    ):
-        _add(commands, name, run, text, "")
+    text = "make the micro model: supervised warm start on generated examples"
+    add(_sft, text, _fields_help(SftRecipe))("recipe", help=fields)
+    argument = add(
+        _eval,
+        "unbiased pass@k of models and runs on the same problems, with errors",
+        "Further options override a recipe's fields: --data.path FILE, --sampling.max_new_tokens 4096, …",
+    )
+    argument("models", metavar="MODEL_OR_RUN", nargs="+", help="model folder or name, or a run directory")
+    argument("--task", default="", help="aime25, math500, …, or SOURCE:NAME; default: the first run's own")
+    argument("--n", type=int, default=16, help="samples a problem")
+    argument("--k", default="", help="k of pass@k, comma-separated; default: powers of two to n")
+    argument("--out", default="", help="results, picture and progress; the same command resumes")
+    argument = add(_rollouts, "export the rollouts of a run, one JSON object a line")
+    argument("run_dir", metavar="RUN", help="run directory")
+    argument("--format", choices=["jsonl"], default="jsonl")
+    argument = add(_figure, "draw a run: what it learned, or when it generated, verified, trained and published")
+    argument("run_dir", metavar="RUN", help="run directory")
+    argument("out", metavar="FILE", help="picture to write: .svg, .png or .pdf")
+    argument("--kind", choices=["learning", "gantt"], default="learning", help="gantt: who worked when")
+    text = "why a run does not learn; or, with --weights, whether a publish reaches a live engine whole"
+    argument = add(_doctor, text)
+    argument("run_dir", metavar="RUN", nargs="?", help="run directory: name the likely cause")
+    argument("--weights", metavar="MODEL_DIR", help="publish perturbed weights, compare with a fresh load")
+    add(_configuration, "print docs/configuration.md")
     return parser
-
-
-def _add(commands: argparse._SubParsersAction, name: str, run: Callable, text: str, epilog: str) -> None:
-    command = commands.add_parser(
-        name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    command.set_defaults(run=run)
-    if name in ("train", "sft"):
-        command.add_argument("recipe", help="TOML file; fields below are overridden with --section.field VALUE")
-    if name in ("rollouts", "figure"):
-        command.add_argument("run_dir", metavar="RUN", help="run directory")
-    if name == "figure":
-        command.add_argument("out", metavar="FILE", help="picture to write: .svg, .png or .pdf")
-        command.add_argument("--kind", choices=["learning", "gantt"], default="learning", help="gantt: who worked when")
-    if name == "eval":
-        command.add_argument(
-            "models", metavar="MODEL_OR_RUN", nargs="+", help="model folder or name, or a run directory"
-        )
-        command.add_argument(
-            "--task", default="", help="aime25, math500, …, or SOURCE:NAME; default: the first run's own"
-        )
-        command.add_argument("--n", type=int, default=16, help="samples a problem")
-        command.add_argument("--k", default="", help="k of pass@k, comma-separated; default: powers of two to n")
-        command.add_argument("--out", default="", help="results, picture and progress; the same command resumes")
-        command.epilog = (
-            "Further options override a recipe's fields: --data.path FILE, --sampling.max_new_tokens 4096, …"
-        )
-    if name == "doctor":
-        command.add_argument("run_dir", metavar="RUN", nargs="?", help="run directory: name the likely cause")
-        command.add_argument(
-            "--weights", metavar="MODEL_DIR", help="publish perturbed weights, compare with a fresh load"
-        )
-    if name == "rollouts":
-        command.add_argument("--format", choices=["jsonl"], default="jsonl")
 
 
 def _fields_help(schema: type) -> str:
@@ -252,9 +234,8 @@ def configuration_page() -> str:
                 "| field | type | default | unit and reason |",
                 "|---|---|---|---|",
             ]
-            for row in fields:
-                name, kind, default, text = (cell.replace("|", "\\|") for cell in row)
-                lines.append(f"| {name} | {kind} | {default} | {text} |")
+            rows = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in fields]
+            lines += [f"| {row} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
