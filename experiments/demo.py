@@ -19,8 +19,7 @@ import numpy as np
 
 from experiments.cells import ROOT, as_overrides, read_rows
 from experiments.lag_map import DATA, RECIPE, SETTINGS, best_setting
-from oapl_engine.report.metrics import read_metrics
-from oapl_engine.run_directory import read_evaluations
+from oapl_engine.report.metrics import read_evaluations, read_metrics
 
 SHOWN = ("OAPL", "GRPO-clip", "GRPO uncorrected")
 LAG, STEPS = 200, 400

@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -23,7 +23,7 @@ from oapl_engine.evaluation.evaluate import append_evaluation, evaluate
 from oapl_engine.inference.client import EngineLost
 from oapl_engine.inference.collector import Collector
 from oapl_engine.inference.protocol import Sample, Sampling
-from oapl_engine.inference.supervisor import Engine, EngineOptions, EngineStartError, start_engine
+from oapl_engine.inference.supervisor import Engine, EngineStartError, engine_options
 from oapl_engine.learner import Learner
 from oapl_engine.rewards import Verdict, VerifierPool
 from oapl_engine.rewards.verdict import check_verifier
@@ -150,10 +150,18 @@ class Generator:
 
     def start(self) -> None:
         """Start the engine on the start model's weights; EngineReady follows in the inbox."""
-        options = self._engine_options()
+        options = engine_options(
+            self.recipe,
+            self.learner.model.path,
+            self.context,
+            cores=engine_cores(self.recipe),
+            seed=self.recipe.run.seed + self.incarnation,
+            incarnation=self.incarnation,
+            version=-1,  # the weights of the model folder are no version of this run until one is published
+        )
         self.learner.display.show_phase("start", "engine (vLLM)")
-        log = f"engine.rank{self.rank}.log" if self.rank else "engine.log"
-        self.engine = start_engine(options, self.learner.run_dir / log, on_lost=self._on_lost)
+        log = self.learner.run_dir / f"engine{self.learner.ranks.suffix}.log"
+        self.engine = Engine(options, log, on_lost=self._on_lost)
         threading.Thread(target=self._keep_engine, name="keep-engine", daemon=True).start()
         self.collector = Collector(self.engine.client, self._verify, self._on_group, self._on_failure)
         self.publisher = self._publisher()
@@ -163,28 +171,26 @@ class Generator:
         """Publishes the policy's weights; what happens to generation meanwhile is the scheduler's Pause and Resume."""
         dtype = self.engine.options.dtype
         policy, probe = self.learner.policy, self._probe()
+        rounds = (
+            "bfloat16" if policy.matmul_dtype == torch.bfloat16 else dtype
+        )  # either side's rounding is a difference
 
         def remember() -> None:
             self.golden = self._probe_logprobs(probe)
-
-        def golden(_: Any) -> list[NDArray[np.float32]]:
-            return self._probe_logprobs(probe) if self.golden is None else self.golden
 
         self.learner.before_offload = remember  # on its device; a publish finds the policy on the host
 
         def control(phase: str, payload: dict[str, Any]) -> Any:
             if phase in ("pause", "resume"):
                 return {}
-            if phase == "score":
-                return self.collector.call(self.engine.client.score(payload["token_ids"]))
-            return self.collector.call(self.engine.client.transfer(phase, payload))
+            return self.collector.call(self.engine.client.control(phase, payload))
 
         return Publisher(
             lambda: published_weights(policy),
             control,
             bucket_bytes=self.recipe.weights.bucket_mb << 20,
             dtype=getattr(torch, dtype),
-            golden=Golden(probe, golden, TOLERANCE[dtype]),
+            golden=Golden(probe, lambda _: self.golden or self._probe_logprobs(probe), TOLERANCE[rounds]),
             make_buckets=self._make_buckets,
         )
 
@@ -194,7 +200,7 @@ class Generator:
 
     def _probe(self) -> list[list[int]]:
         """Token ids of the fixed probe set: prompts and a response of the start model to each; kept for resumes."""
-        path = self.learner.run_dir / (f"probe.rank{self.rank}.json" if self.rank else "probe.json")
+        path = self.learner.run_dir / f"probe{self.learner.ranks.suffix}.json"
         if not path.exists():
             prompts = [self.task.prompt(i) for i in range(self.recipe.weights.golden_prompts)]
             samples = self.collector.generate_many(prompts, 1, self._sampling())
@@ -214,21 +220,6 @@ class Generator:
         )
         return [logprobs[f"probe.{i}.0"] for i in range(len(groups))]
 
-    def _engine_options(self) -> EngineOptions:
-        r = self.recipe
-        return EngineOptions(
-            model=self.learner.model.path,
-            dtype=r.model.dtype if r.rollout.engine_dtype == "auto" else r.rollout.engine_dtype,
-            tensor_parallel=r.rollout.tensor_parallel,
-            max_model_len=self.context,
-            kv_cache_mb=r.rollout.kv_cache_mb,
-            memory_share=r.rollout.memory_share,
-            cores=engine_cores(r),
-            seed=r.run.seed + self.incarnation,
-            incarnation=self.incarnation,
-            version=-1,  # the weights of the model folder are no version of this run until one is published
-        )
-
     def close(self) -> None:
         """Stop engine, collector, publisher and verifiers; nothing is left behind."""
         self.deaths_seen.put(None)
@@ -243,8 +234,8 @@ class Generator:
     def handlers(self) -> dict[type, Any]:
         return {
             e.Submit: self.submit,
-            e.Pause: lambda c: self._told(self.engine.client.pause(c.mode)),
-            e.Resume: lambda _: self._told(self.engine.client.resume()),
+            e.Pause: lambda c: self._answered(self.engine.client.pause(c.mode)),
+            e.Resume: lambda _: self._answered(self.engine.client.resume()),
             e.Sleep: self.sleep,
             e.Wake: self.wake,
             e.Publish: self.publish,
@@ -290,8 +281,7 @@ class Generator:
                 return attempt
 
     def _sampling(self) -> Sampling:
-        s = self.recipe.sampling
-        return Sampling(s.temperature, s.top_p, s.top_k, s.max_new_tokens, tuple(s.stop_token_ids))
+        return Sampling(**asdict(self.recipe.sampling))
 
     async def _verify(self, prompt: Prompt, response: NDArray[np.int32]) -> Verdict:
         text = self._text(response.tolist())
@@ -317,10 +307,10 @@ class Generator:
             if self.said_lost < attempt.incarnation == self.engine.options.incarnation:
                 self.said_lost = attempt.incarnation
                 self.inbox.put(e.EngineLost(self.rank))  # before the group: nobody must submit again yet
-            self.learner.journal.dispose([r.key for r in scored], "lost")
+            self.learner.journal.dispose(dict.fromkeys((r.key for r in scored), "lost"))
             self.inbox.put(e.GroupInvalid(group.id, "its engine died"))
         elif len(scored) < 2:
-            self.learner.journal.dispose([r.key for r in scored], "dropped:group_too_small")
+            self.learner.journal.dispose(dict.fromkeys((r.key for r in scored), "dropped:group_too_small"))
             self.inbox.put(e.GroupInvalid(group.id, f"{len(scored)} of {len(group.rollouts)} rollouts scored"))
         else:
             self.deaths = 0
@@ -427,7 +417,7 @@ class Generator:
         self.publisher.engine_restarted()
         self.inbox.put(e.EngineReady(self.rank))
 
-    def sleep(self, command: e.Sleep) -> e.Slept | e.Interrupted:
+    def sleep(self, command: e.Sleep) -> e.Event | None:
         self._count_tokens()
         return self._answered(self.engine.client.sleep(command.tags), e.Slept())
 
@@ -437,22 +427,17 @@ class Generator:
             counters = self.collector.call(self.engine.client.counters())
             self.learner.journal.count_tokens(counters["incarnation"], "engine", counters["tokens_generated"])
 
-    def wake(self, command: e.Wake) -> e.Awake | e.Interrupted | None:
-        if "weights" not in command.tags:  # the KV cache, after a publish: nobody waits for it
-            self._told(self.engine.client.wake(command.tags))
-            return None
-        return self._answered(self.engine.client.wake(command.tags), e.Awake())
+    def wake(self, command: e.Wake) -> e.Event | None:
+        """The scheduler waits for the weights; the KV cache, after a publish, has no answer."""
+        return self._answered(self.engine.client.wake(command.tags), e.Awake() if "weights" in command.tags else None)
 
-    def _told(self, coroutine: Any) -> None:
-        """Carry out a command that has no answer."""
-        self._answered(coroutine, None)
-
-    def _answered(self, coroutine: Any, event: Any) -> Any:
-        """The event, or Interrupted where the engine died."""
+    def _answered(self, coroutine: Any, event: e.Event | None = None) -> e.Event | None:
+        """The event, or Interrupted where the engine died; None where no answer is waited for."""
         try:
             self.collector.call(coroutine)
         except EngineLost:
-            return self._interrupted()
+            interrupted = self._interrupted()
+            return interrupted if event else None
         return event
 
     def _interrupted(self) -> e.Interrupted:

@@ -51,8 +51,7 @@ def open_learner(recipe: Recipe, model: Model, run_dir: Path, display: Display, 
     optimizer = make_optimizer(policy, recipe.optimizer)
     if newest:
         checkpoint.restore(newest, policy, optimizer)
-    suffix = f".rank{ranks.rank}" if ranks.rank else ""  # what concerns other ranks' rollouts and engines
-    journal = Journal(run_dir / f"journal{suffix}.sqlite")
+    journal = Journal(run_dir / f"journal{ranks.suffix}.sqlite")
     return Learner(
         *(recipe, model, run_dir, policy, optimizer, ranks),
         log=RolloutLog(run_dir / "rollouts" / f"rank{ranks.rank}.sqlite"),
@@ -161,12 +160,13 @@ class Learner:
             data = build_step(groups, self.recipe.objective, self.recipe.sampling.max_new_tokens, self.recorded_rewards)
             result = self._optimize(command.step, data)
         self.step = command.step
-        self.journal.dispose_each({key: f"dropped:{rule}" for key, rule in data.dropped.items()})
-        if result is not None and not result.stepped:
-            self.journal.dispose_each(dict.fromkeys(data.keys, "dropped:nonfinite"))
+        dropped = dict(data.dropped)
+        if result and not result.stepped:
+            dropped |= dict.fromkeys(data.keys, "nonfinite")
             self.display.say(f"step {command.step} skipped: {result.reason}")
-        used = list(data.keys) if result is not None and result.stepped else []
-        self.journal.done(command.step, self.version, command.keys, used, None)
+        self.journal.dispose({key: f"dropped:{rule}" for key, rule in dropped.items()})
+        used = list(data.keys) if result and result.stepped else []
+        self.journal.done(command.step, self.version, command.keys, used)
         row = self._row(groups, data, result)
         if self.metrics:
             self.display.show_step(self.metrics.write(row))
@@ -239,8 +239,8 @@ class Learner:
 
     def dispose(self, keys: Sequence[str], column: str) -> None:
         """Groups that will not be trained: their scored rollouts end in this column of the ledger."""
-        scored = [r.key for group in self._held(keys) for r in group.rollouts if r.status == "scored"]
-        self.journal.dispose(scored, column)
+        scored = (r.key for group in self._held(keys) for r in group.scored())
+        self.journal.dispose(dict.fromkeys(scored, column))
 
     def checkpoint(self, command: e.Checkpoint) -> e.CheckpointDone:
         self.display.show_phase("checkpoint", f"step {command.step}")
@@ -255,8 +255,7 @@ class Learner:
     def _recomputed(self) -> dict[str, NDArray[np.float32]]:
         """Log-probs of all waiting rollouts under π_vllm, kept on disk: after the first step π is no longer π_vllm."""
         published = max((step for _, step in self.journal.versions()), default=0)
-        suffix = f".rank{self.ranks.rank}" if self.ranks.rank else ""
-        path = self.run_dir / "behavior" / f"step_{published:06d}{suffix}.npz"
+        path = self.run_dir / "behavior" / f"step_{published:06d}{self.ranks.suffix}.npz"
         if path.exists():
             with np.load(path, allow_pickle=False) as stored:
                 return dict(stored)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import itertools
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import tomli_w
@@ -110,10 +108,3 @@ def _waiting(
             if used.uses + 1 < allowance:
                 waiting[used.key] = dataclasses.replace(used, uses=used.uses + 1)
     return waiting.values()
-
-
-def read_evaluations(run_dir: str | Path) -> dict[int, dict[str, Any]]:
-    """Rows of eval.jsonl for k = 1, by optimizer step."""
-    path = Path(run_dir) / "eval.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {row["step"]: row for row in rows if row["k"] == 1}

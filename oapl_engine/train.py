@@ -17,7 +17,8 @@ from oapl_engine.evaluation.evaluate import compare, read_problems
 from oapl_engine.generator import open_generator
 from oapl_engine.learner import open_learner
 from oapl_engine.report.display import Display
-from oapl_engine.run_directory import keep_recipe, open_run, read_evaluations, resume_state
+from oapl_engine.report.metrics import read_evaluations
+from oapl_engine.run_directory import keep_recipe, open_run, resume_state
 from oapl_engine.scheduler import driver
 from oapl_engine.scheduler import events as e
 from oapl_engine.scheduler.agree import listener
@@ -32,9 +33,7 @@ def run_recipe(recipe: Recipe) -> int:
     first = ranks.rank == 0
     with ExitStack() as rooms:
         run_dir = rooms.enter_context(open_run(recipe)) if first else Path(recipe.run.dir)
-        path = ranks.gather_plain(str(resolve_model(recipe.model.path)) if first else "")[
-            0
-        ]  # made once, then used by all
+        path, *_ = ranks.gather_plain(resolve_model(recipe.model.path) if first else "")  # made once, used by all
         display = Display(recipe.schedule.steps, recipe.schedule.lag, silent=not first)
         rooms.callback(display.close)
         learner = open_learner(recipe, replace(recipe.model, path=path), run_dir, display, ranks)

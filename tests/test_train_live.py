@@ -29,7 +29,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 def words(micro_model, tmp_path):
     fields = {
         "model.path": micro_model, "run.dir": tmp_path / "run", "schedule.steps": 24, "schedule.lag": 8,
-        "data.held_out": 16, "evaluation.n": 2,
+        "data.held_out": 16, "evaluation.n": 2, "train.precision": "float32",
     }  # fmt: skip
     return [str(ROOT / "recipes" / "micro.toml"), *(str(w) for k, v in fields.items() for w in (f"--{k}", v))]
 

@@ -22,7 +22,7 @@ from oapl_engine.data.task import load_task, open_source
 from oapl_engine.evaluation.evaluate import Evaluated, append_problems, evaluate, read_problems
 from oapl_engine.inference.collector import Collector
 from oapl_engine.inference.protocol import Sampling
-from oapl_engine.inference.supervisor import EngineOptions, start_engine
+from oapl_engine.inference.supervisor import EngineOptions, engine_options, start_engine
 from oapl_engine.rewards import Verdict, VerifierPool
 from oapl_engine.samples import Prompt
 from oapl_engine.trainer.checkpoint import load_newest
@@ -163,25 +163,16 @@ def _engine_options(target: Target, recipe: Recipe, prompts: Sequence[Prompt]) -
             f"{target.folder} has {positions} positions, the longest prompt and sampling.max_new_tokens = "
             f"{recipe.sampling.max_new_tokens} need {longest}: lower it"
         )
-    return EngineOptions(
-        model=target.folder,
-        dtype=recipe.model.dtype if recipe.rollout.engine_dtype == "auto" else recipe.rollout.engine_dtype,
-        tensor_parallel=recipe.rollout.tensor_parallel,
-        max_model_len=longest,
-        kv_cache_mb=recipe.rollout.kv_cache_mb,
-        memory_share=recipe.rollout.memory_share,
-        seed=recipe.run.seed,
-        weight_backend="",
-        worker_extension="",
-    )
+    fixed = {"weight_backend": "", "worker_extension": ""}
+    return engine_options(recipe, target.folder, longest, seed=recipe.run.seed, **fixed)
 
 
 def _generate(
     target: Target, recipe: Recipe, tokenizer: Any, prompts: Sequence[Prompt], scoring: Scoring, out: Path, say: Say
 ) -> None:
     """Counts of `prompts` into `out`, SAMPLES_KEPT samples at a time."""
-    s, r, evaluation = recipe.sampling, recipe.reward, recipe.evaluation
-    sampling = Sampling(evaluation.temperature, s.top_p, s.top_k, s.max_new_tokens, tuple(s.stop_token_ids))
+    r, evaluation = recipe.reward, recipe.evaluation
+    sampling = Sampling(**dataclasses.asdict(recipe.sampling) | {"temperature": evaluation.temperature})
     size = max(1, SAMPLES_KEPT // evaluation.n)
     options = _engine_options(target, recipe, prompts)
     with (

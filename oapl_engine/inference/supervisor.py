@@ -17,15 +17,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import msgspec
 import psutil
 
-from oapl_engine.config import RunError
+from oapl_engine.config import Recipe, RunError
 from oapl_engine.inference import protocol
 from oapl_engine.inference.client import EngineClient
 from oapl_engine.inference.engine_process import remove_traces
-from oapl_engine.inference.protocol import Reply
 
 STOP_SECONDS = 10.0
 SPINS = "1000"
@@ -60,12 +59,31 @@ class EngineOptions:
     worker_extension: str = "oapl_engine.weights.receiver.extension.WeightReport"
 
 
+def engine_options(recipe: Recipe, model: str, max_model_len: int, **others: Any) -> EngineOptions:
+    """Options of a recipe's engine for the model in a folder."""
+    r = recipe.rollout
+    return EngineOptions(
+        model,
+        dtype=recipe.model.dtype if r.engine_dtype == "auto" else r.engine_dtype,
+        tensor_parallel=r.tensor_parallel,
+        max_model_len=max_model_len,
+        kv_cache_mb=r.kv_cache_mb,
+        memory_share=r.memory_share,
+        **others,
+    )
+
+
 class EngineStartError(RunError):
     """The engine process ended, or said nothing, before it was ready. Shows the end of its log."""
 
 
 class Engine:
-    """One engine process that we own. client: its EngineClient, replaced by restart()."""
+    """One engine process that we own, started and serving when it is made. client: its EngineClient, replaced by
+    restart(). Its log is appended to log_path.
+
+    on_lost(engine) is called on a thread of its own when the process ends without stop(); `lost` is set too.
+    Raises EngineStartError with the end of the log.
+    """
 
     def __init__(
         self,
@@ -84,9 +102,6 @@ class Engine:
     @property
     def pid(self) -> int:
         return self._process.pid
-
-    def alive(self) -> bool:
-        return self._process.poll() is None
 
     def stop(self) -> None:
         """End the process and all that belongs to it, within STOP_SECONDS. Calling it again does nothing."""
@@ -158,7 +173,6 @@ class Engine:
             raise EngineStartError(self._failure(f"did not get ready in {time.monotonic() - begin:.0f} s")) from error
         if not body:
             raise EngineStartError(self._failure("ended while it started"))
-        msgspec.msgpack.decode(body, type=Reply)
         self._socket.settimeout(None)
 
     def _failure(self, what: str) -> str:
@@ -179,18 +193,7 @@ class Engine:
         remove_traces(self._folder)
 
 
-def start_engine(
-    options: EngineOptions,
-    log_path: str | Path,
-    on_lost: Callable[[Engine], None] | None = None,
-    start_seconds: float = 600.0,
-) -> Engine:
-    """Start an engine process and wait until it serves. Its log is appended to log_path.
-
-    on_lost(engine) is called on a thread of its own when the process ends without stop(); `engine.lost` is set too.
-    Raises EngineStartError with the end of the log.
-    """
-    return Engine(options, log_path, on_lost, start_seconds)
+start_engine = Engine  # making one starts it
 
 
 def openmp_environment(threads: int) -> dict[str, str]:

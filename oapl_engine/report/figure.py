@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from oapl_engine.config import ConfigError
-from oapl_engine.report.metrics import read_metrics
+from oapl_engine.report.metrics import read_evaluations, read_metrics
 
 SMOOTH = 8  # steps in the running mean of the reward
 
@@ -48,14 +47,10 @@ def _reward(axes: Any, steps: list[int], rows: list[dict[str, Any]], run_dir: Pa
     mean = [np.nanmean(reward[max(0, i - SMOOTH + 1) : i + 1]) for i in range(len(reward))]
     axes.plot(steps, reward, color="tab:blue", alpha=0.25)
     axes.plot(steps, mean, color="tab:blue", label=f"training reward, mean of {SMOOTH} steps")
-    path = run_dir / "eval.jsonl"
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    held_out = [row for row in found if row["k"] == 1]
+    held_out = read_evaluations(run_dir)
     if held_out:
-        values, errors = ([_number(row[key]) for row in held_out] for key in ("pass_at_k", "standard_error"))
-        axes.errorbar(
-            [row["step"] for row in held_out], values, errors, fmt="o", color="black", label="held-out pass@1"
-        )
+        values, errors = ([_number(row[key]) for row in held_out.values()] for key in ("pass_at_k", "standard_error"))
+        axes.errorbar(list(held_out), values, errors, fmt="o", color="black", label="held-out pass@1")
     axes.set_ylim(0, 1)
     axes.legend(loc="lower right")
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from oapl_engine.config import ConfigError
 from oapl_engine.report.figure import save
+from oapl_engine.report.metrics import read_rows
 
 Span = tuple[float, float]
 LANES = {
@@ -24,9 +24,7 @@ LANES = {
 
 def plot_gantt(run_dir: Path, out: Path) -> None:
     """Draw events.jsonl of a run into `out` (.svg, .png or .pdf). Raises ConfigError."""
-    path = run_dir / "events.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    spans = work_spans([row for row in rows if "at" in row])
+    spans = work_spans([row for row in read_rows(run_dir / "events.jsonl") if "at" in row])
     if not any(spans.values()):
         raise ConfigError(f"{run_dir} holds no events.jsonl with work in it: name the directory of a run")
     from matplotlib.figure import Figure

@@ -45,20 +45,25 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSONL file; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl. A step that a killed run wrote and a resumed run wrote again counts once, the last."""
-    rows = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        row = json.loads(line)
-        rows[row["step"]] = row
+    rows = {row["step"]: row for row in read_rows(path)}
     return [rows[step] for step in sorted(rows)]
 
 
+def read_evaluations(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """Rows of eval.jsonl for k = 1, by optimizer step."""
+    return {row["step"]: row for row in read_rows(run_dir / "eval.jsonl") if row["k"] == 1}
+
+
 def _trackers(run_dir: Path, report: Report) -> list[Any]:
-    return [
-        *([_tensorboard(run_dir)] if report.tensorboard else []),
-        *([_wandb(run_dir, report.wandb)] if report.wandb else []),
-    ]
+    trackers = [_tensorboard(run_dir)] if report.tensorboard else []
+    return [*trackers, _wandb(run_dir, report.wandb)] if report.wandb else trackers
 
 
 def _tensorboard(run_dir: Path) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from oapl_engine.config import ConfigError
+from oapl_engine.report.figure import save
 
 Curve = Sequence[tuple[int, float, float]]  # (k, pass@k, standard error)
 
@@ -42,8 +42,4 @@ def plot_pass_at_k(curves: Mapping[str, Curve], title: str, out: Path) -> None:
     axes.set_ylabel("pass@k")
     axes.set_title(title)
     axes.legend()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
-    except ValueError as error:
-        raise ConfigError(f"{out}: {error}; name a file that ends in .svg, .png or .pdf") from error
+    save(figure, out)

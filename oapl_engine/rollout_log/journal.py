@@ -18,6 +18,7 @@ CREATE TABLE IF NOT EXISTS "use"(key TEXT NOT NULL, step INTEGER NOT NULL, PRIMA
 CREATE TABLE IF NOT EXISTS disposition(key TEXT NOT NULL, "column" TEXT NOT NULL, PRIMARY KEY(key, "column"));
 CREATE TABLE IF NOT EXISTS tokens(incarnation INTEGER NOT NULL, "column" TEXT NOT NULL, n INTEGER NOT NULL);
 """
+STEP = "INSERT OR IGNORE INTO step VALUES (?, ?, ?, ?, ?, NULL)"
 
 
 @dataclass(frozen=True)
@@ -39,28 +40,20 @@ class Journal:
 
     def intent(self, step: int, version: int, groups: tuple[str, ...], rng: str) -> None:
         """Before the weights change: this step will train these groups. A replayed step keeps its first row."""
-        self._write(
-            "INSERT OR IGNORE INTO step VALUES (?, ?, ?, ?, 'intent', NULL)", [(step, version, json.dumps(groups), rng)]
-        )
+        self._write(STEP, [(step, version, json.dumps(groups), rng, "intent")])
 
-    def done(self, step: int, version: int, groups: tuple[str, ...], used: list[str], weight_hash: str | None) -> None:
+    def done(self, step: int, version: int, groups: tuple[str, ...], used: list[str]) -> None:
         """After the weights changed; `used` are the rollout keys that took part in the loss."""
-        row = (step, version, json.dumps(groups), "", weight_hash)
-        with self._lock:
+        with self._lock, self._db:
             self._db.execute("BEGIN IMMEDIATE")
-            self._db.execute("INSERT OR IGNORE INTO step VALUES (?, ?, ?, ?, 'done', ?)", row)
+            self._db.execute(STEP, (step, version, json.dumps(groups), "", "done"))
             self._db.executemany('INSERT OR IGNORE INTO "use" VALUES (?, ?)', [(key, step) for key in used])
-            self._db.execute("COMMIT")
 
     def published(self, version: int, step: int, weight_hash: str, incarnation: int) -> None:
         self._write("INSERT INTO published VALUES (?, ?, ?, ?)", [(version, step, weight_hash, incarnation)])
 
-    def dispose(self, keys: list[str], column: str) -> None:
-        """Rollouts that will never be trained, and the rule."""
-        self.dispose_each(dict.fromkeys(keys, column))
-
-    def dispose_each(self, columns: dict[str, str]) -> None:
-        """Rollout key to the column where its tokens end."""
+    def dispose(self, columns: dict[str, str]) -> None:
+        """Key of a rollout that will never be trained to the column where its tokens end."""
         self._write("INSERT OR IGNORE INTO disposition VALUES (?, ?)", list(columns.items()))
 
     def count_tokens(self, incarnation: int, column: str, n: int) -> None:
@@ -68,73 +61,55 @@ class Journal:
         self._write("INSERT INTO tokens VALUES (?, ?, ?)", [(incarnation, column, n)])
 
     def _write(self, statement: str, rows: list[tuple]) -> None:
-        with self._lock:
+        with self._lock, self._db:  # committed, or rolled back where it fails
             self._db.execute("BEGIN IMMEDIATE")
             self._db.executemany(statement, rows)
-            self._db.execute("COMMIT")
+
+    def _rows(self, query: str, *values: object) -> list[tuple]:
+        with self._lock:
+            return self._db.execute(query, values).fetchall()
 
     def steps(self) -> list[JournalStep]:
         """Every step that was begun, in order."""
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT step, version, keys, max(state = 'done') FROM step GROUP BY step ORDER BY step"
-            ).fetchall()
-        return [JournalStep(s, v, tuple(json.loads(k)), bool(d)) for s, v, k, d in rows]
+        query = "SELECT step, version, keys, max(state = 'done') FROM step GROUP BY step ORDER BY step"
+        return [JournalStep(s, v, tuple(json.loads(k)), bool(d)) for s, v, k, d in self._rows(query)]
 
     def versions(self) -> list[tuple[int, int]]:
         """(version, step) of every publish."""
-        with self._lock:
-            return self._db.execute("SELECT version, step FROM published ORDER BY version").fetchall()
-
-    def weight_hash(self, step: int) -> str | None:
-        """Hash recorded when `step` was done the first time."""
-        with self._lock:
-            row = self._db.execute("SELECT weight_hash FROM step WHERE step = ? AND state = 'done'", (step,)).fetchone()
-        return row[0] if row else None
+        return self._rows("SELECT version, step FROM published ORDER BY version")
 
     def incarnations(self) -> int:
         """Engine incarnations that this run has published to or counted."""
-        query = (
-            "SELECT max(i) FROM (SELECT max(incarnation) i FROM published UNION SELECT max(incarnation) FROM tokens)"
-        )
-        with self._lock:
-            return (self._db.execute(query).fetchone()[0] or 0) + 1
+        query = "SELECT max(i) FROM (SELECT incarnation i FROM published UNION SELECT incarnation FROM tokens)"
+        return (self._rows(query)[0][0] or 0) + 1
 
     def uses(self) -> dict[str, list[int]]:
         """Rollout key → the steps that trained on it."""
         steps: dict[str, list[int]] = {}
-        with self._lock:
-            for key, step in self._db.execute('SELECT key, step FROM "use" ORDER BY step'):
-                steps.setdefault(key, []).append(step)
+        for key, step in self._rows('SELECT key, step FROM "use" ORDER BY step'):
+            steps.setdefault(key, []).append(step)
         return steps
 
     def used_since(self, row: int) -> tuple[list[str], int]:
         """Keys of the rollouts trained after row number `row` of the uses, and the last row's number."""
-        with self._lock:
-            rows = self._db.execute('SELECT key, rowid FROM "use" WHERE rowid > ? ORDER BY rowid', (row,)).fetchall()
+        rows = self._rows('SELECT key, rowid FROM "use" WHERE rowid > ? ORDER BY rowid', row)
         return [key for key, _ in rows], rows[-1][1] if rows else row
 
     def disposed_since(self, row: int) -> tuple[list[tuple[str, str]], int]:
         """(key, column) of what was disposed of after row number `row`, and the last row's number."""
-        query = 'SELECT key, "column", rowid FROM disposition WHERE rowid > ? ORDER BY rowid'
-        with self._lock:
-            rows = self._db.execute(query, (row,)).fetchall()
+        rows = self._rows('SELECT key, "column", rowid FROM disposition WHERE rowid > ? ORDER BY rowid', row)
         return [r[:2] for r in rows], rows[-1][2] if rows else row
 
     def dispositions(self) -> dict[str, str]:
         return dict(self.disposed_since(0)[0])
 
     def evaluation_tokens(self) -> int:
-        with self._lock:
-            row = self._db.execute("SELECT sum(n) FROM tokens WHERE \"column\" = 'evaluation'").fetchone()
-        return row[0] or 0
+        return self._rows("SELECT sum(n) FROM tokens WHERE \"column\" = 'evaluation'")[0][0] or 0
 
     def engine_tokens(self) -> int | None:
         """What the engines of all incarnations said last that they had generated; None without an engine."""
         query = "SELECT sum(n) FROM (SELECT max(n) n FROM tokens WHERE \"column\" = 'engine' GROUP BY incarnation)"
-        with self._lock:
-            row = self._db.execute(query).fetchone()
-        return None if row[0] is None else int(row[0])
+        return self._rows(query)[0][0]
 
     def close(self) -> None:
         with self._lock:

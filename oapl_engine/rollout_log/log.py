@@ -47,32 +47,22 @@ class RolloutLog:
         p = group.prompt
         prompt = (p.id, p.task, _blob(p.token_ids, "<i4"), json.dumps(p.record))
         rows = [_to_row(r) for r in group.rollouts]
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
+        try:
+            with self._lock, self._db:  # committed, or rolled back where it fails
+                self._db.execute("BEGIN IMMEDIATE")
                 self._db.execute("INSERT OR IGNORE INTO prompt VALUES (?, ?, ?, ?)", prompt)
                 self._db.executemany(f"INSERT INTO rollout VALUES ({', '.join('?' * 19)})", rows)
-            except sqlite3.IntegrityError as error:
-                self._db.execute("ROLLBACK")
-                raise ValueError(f"group {group.id} is in the log {self.path} already: {error}") from error
-            except sqlite3.Error:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
+        except sqlite3.IntegrityError as error:
+            raise ValueError(f"group {group.id} is in the log {self.path} already: {error}") from error
 
     def group(self, key: str) -> Group:
         """The stored group `key`. Raises KeyError if absent, LogDamaged if a row's checksum fails."""
-        with self._lock:
-            rows = self._db.execute(
-                f'SELECT {COLUMNS}, crc32 FROM rollout WHERE "group" = ? ORDER BY sample', (key,)
-            ).fetchall()
-            if not rows:
-                raise KeyError(f"group {key} is not in {self.path}")
-            found = self._db.execute(
-                "SELECT id, token_ids, task, record FROM prompt WHERE id = ?", (rows[0][1],)
-            ).fetchone()
+        rows = self._rows(f'SELECT {COLUMNS}, crc32 FROM rollout WHERE "group" = ? ORDER BY sample', key)
+        if not rows:
+            raise KeyError(f"group {key} is not in {self.path}")
         rollouts = tuple(_from_row(row, self.path) for row in rows)
-        prompt = Prompt(found[0], np.frombuffer(found[1], "<i4"), found[2], json.loads(found[3]))
+        ((ids, task, record),) = self._rows("SELECT token_ids, task, record FROM prompt WHERE id = ?", rows[0][1])
+        prompt = Prompt(rows[0][1], np.frombuffer(ids, "<i4"), task, json.loads(record))
         return Group(key, prompt, rollouts, min(span.version for r in rollouts for span in r.spans or (Span(0, 0, 0),)))
 
     def groups(self, keys: Iterable[str]) -> list[Group]:
@@ -80,9 +70,7 @@ class RolloutLog:
 
     def group_keys(self) -> list[str]:
         """Ids of all stored groups in the order of arrival."""
-        with self._lock:
-            rows = self._db.execute('SELECT "group" FROM rollout GROUP BY "group" ORDER BY min(rowid)').fetchall()
-        return [row[0] for row in rows]
+        return [key for (key,) in self._rows('SELECT "group" FROM rollout GROUP BY "group" ORDER BY min(rowid)')]
 
     def rollouts(self) -> Iterator[Rollout]:
         """Every stored rollout, in order of arrival."""
@@ -92,10 +80,12 @@ class RolloutLog:
     def tokens_since(self, row: int) -> tuple[list[tuple[str, str, int]], int]:
         """(key, status, response tokens) of the rollouts after row number `row`, and the last row's number."""
         columns = "key, status, length(token_ids) / 4 - prompt_length, rowid"
-        query = f"SELECT {columns} FROM rollout WHERE rowid > ? ORDER BY rowid"
-        with self._lock:
-            rows = self._db.execute(query, (row,)).fetchall()
+        rows = self._rows(f"SELECT {columns} FROM rollout WHERE rowid > ? ORDER BY rowid", row)
         return [r[:3] for r in rows], rows[-1][3] if rows else row
+
+    def _rows(self, query: str, *values: object) -> list[tuple]:
+        with self._lock:
+            return self._db.execute(query, values).fetchall()
 
     def close(self) -> None:
         with self._lock:

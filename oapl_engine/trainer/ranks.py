@@ -28,6 +28,11 @@ class Ranks:
     rank: int = 0
     world: int = 1
 
+    @property
+    def suffix(self) -> str:
+        """Of names of files that concern this rank's own rollouts and engine: ".rankN", nothing for the first."""
+        return f".rank{self.rank}" if self.rank else ""
+
     def gather(self, payload: bytes) -> list[bytes]:
         """Everyone's payload, by rank. Collective, as all methods here: every rank must call it."""
         if self.world == 1:

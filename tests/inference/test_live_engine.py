@@ -191,7 +191,7 @@ def test_a_killed_engine_is_noticed_its_calls_fail_and_a_restart_serves(micro_ch
     assert lost.wait(NOTICE_SECONDS)
     thread.join(NOTICE_SECONDS)
     assert len(errors) == 1
-    assert not engine.alive()
+    assert engine.lost.is_set()
     engine.restart()
     collector.attach(engine.client)
     assert collector.call(engine.client.counters())["incarnation"] == 1

@@ -107,15 +107,16 @@ def test_journal_survives_and_a_replayed_step_changes_nothing(tmp_path):
     journal.published(0, 0, "aa", 0)
     for _ in range(2):
         journal.intent(1, 0, ("g1", "g2"), "rng")
-        journal.done(1, 0, ("g1", "g2"), ["g1.0", "g2.0"], "hash")
+        journal.done(1, 0, ("g1", "g2"), ["g1.0", "g2.0"])
     journal.intent(2, 0, ("g3",), "rng")
     again = Journal(tmp_path / "journal.sqlite")
     assert [(s.step, s.groups, s.done) for s in again.steps()] == [(1, ("g1", "g2"), True), (2, ("g3",), False)]
     assert again.uses() == {"g1.0": [1], "g2.0": [1]}
     assert again.versions() == [(0, 0)]
-    assert again.weight_hash(1) == "hash"
     with pytest.raises(sqlite3.IntegrityError):
         again.published(0, 5, "bb", 0)
+    again.published(1, 5, "bb", 0)  # the failed one left no transaction open
+    assert again.versions() == [(0, 0), (1, 5)]
 
 
 def test_ledger_puts_every_token_in_one_column_however_often_it_is_read(tmp_path):
@@ -125,8 +126,8 @@ def test_ledger_puts_every_token_in_one_column_however_often_it_is_read(tmp_path
         log.append(make_group(name, status))
         kept.read()
     assert kept.read()["waiting"] == 9
-    journal.done(1, 0, ("0.pa.0",), ["0.pa.0.0", "0.pa.0.1"], None)
-    journal.dispose(["0.pb.0.0", "0.pb.0.1"], "dropped:equal_rewards")
+    journal.done(1, 0, ("0.pa.0",), ["0.pa.0.0", "0.pa.0.1"])
+    journal.dispose(dict.fromkeys(["0.pb.0.0", "0.pb.0.1"], "dropped:equal_rewards"))
     journal.count_tokens(0, "evaluation", 7)
     expected = {"trained": 3, "dropped:equal_rewards": 3, "aborted": 3, "invalid": 3, "waiting": 3, "evaluation": 7}
     for ledger in (kept, kept, Ledger(log, journal)):
@@ -134,8 +135,8 @@ def test_ledger_puts_every_token_in_one_column_however_often_it_is_read(tmp_path
         assert columns == {**expected, "cleared": 0, "lost": 8}
         assert sum(columns.values()) == 30
         assert ledger.generated() == 15
-    journal.done(2, 0, ("0.pa.0",), ["0.pa.0.0"], None)  # a second epoch
-    journal.dispose(["0.pa.0.0"], "cleared")
+    journal.done(2, 0, ("0.pa.0",), ["0.pa.0.0"])  # a second epoch
+    journal.dispose({"0.pa.0.0": "cleared"})
     assert kept.read(30) == columns
     json.dumps(columns)
 
