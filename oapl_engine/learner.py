@@ -25,7 +25,7 @@ from oapl_engine.scheduler import events as e
 from oapl_engine.trainer import checkpoint
 from oapl_engine.trainer.attention import attention_kernel
 from oapl_engine.trainer.batch import StepData, build_step, with_behavior
-from oapl_engine.trainer.model import Policy, default_device, load_policy, vocabulary_size
+from oapl_engine.trainer.model import Policy, default_device, load_policy
 from oapl_engine.trainer.objective import make_objective, needs_proximal, normalizer
 from oapl_engine.trainer.offload import move_trainer
 from oapl_engine.trainer.optimizer import learning_rate, make_optimizer
@@ -109,7 +109,7 @@ class Learner:
     def import_rollouts(self) -> None:
         """Offline: put the rollouts of the recipe's file into the log. Raises ConfigError."""
         r = self.recipe
-        limits = Limits(vocabulary_size(self.policy), r.sampling.max_new_tokens, tuple(r.sampling.stop_token_ids))
+        limits = Limits(self.policy.vocabulary, r.sampling.max_new_tokens, tuple(r.sampling.stop_token_ids))
         file = read_rollouts(r.data.path, limits, self.policy.tokenizer)
         if not file.has_behavior and r.objective.behavior == "engine":
             raise ConfigError(f'{r.data.path} has no behaviour log-probs: set objective.behavior = "recomputed"')

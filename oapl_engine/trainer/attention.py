@@ -174,11 +174,12 @@ def _attend(
     scores = softcap * torch.tanh(scores / softcap)
     rows, columns = scores.shape[-2:]
     keep = mask if mask is not None else torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril()
-    return scores.masked_fill(~keep, -torch.inf).softmax(-1, dtype=_at_least_float32(scores)).to(value.dtype) @ value
-
-
-def _at_least_float32(values: Tensor) -> torch.dtype:
-    return torch.promote_types(values.dtype, torch.float32)
+    return (
+        scores.masked_fill(~keep, -torch.inf)
+        .softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        .to(value.dtype)
+        @ value
+    )
 
 
 def _mask(plan: AttentionPlan, i: int, window: int | None) -> Tensor | None:

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST, STATE, TEMPORARY = "manifest.json", "trainer", ".tmp-"
 OPTIMIZER, RNG, EXTRA = f"{STATE}/optimizer.safetensors", f"{STATE}/rng.safetensors", f"{STATE}/extra.json"
-ADAPTER, PUBLISHED = f"{STATE}/adapter.safetensors", f"{STATE}/published.safetensors"
+ADAPTER = f"{STATE}/adapter.safetensors"
 
 
 class CheckpointError(RunError):
@@ -48,10 +48,6 @@ class Checkpoint:
     weight_hash: str
     extra: dict[str, Any]
 
-    def published(self) -> dict[str, Tensor] | None:
-        """The weights that engines served when it was written, where they were stored."""
-        return load_file(self.path / PUBLISHED) if (self.path / PUBLISHED).exists() else None
-
 
 def save(
     directory: Path,
@@ -60,7 +56,6 @@ def save(
     optimizer: torch.optim.Optimizer,
     extra: Mapping[str, Any],
     keep: int,
-    published: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write directory/step_NNNNNN and delete all but the `keep` newest; `extra` must be JSON.
 
@@ -77,7 +72,7 @@ def save(
         for leftover in directory.glob(f"{TEMPORARY}*"):
             shutil.rmtree(leftover)
         (temporary / STATE).mkdir(parents=True)
-        _write_files(temporary, policy, optimizer, extra, published)
+        _write_files(temporary, policy, optimizer, extra)
         _write_manifest(temporary, step, digest)
         os.rename(temporary, target)
         _sync(directory)
@@ -106,13 +101,7 @@ def _is_same(target: Path, digest: str) -> bool:
     return True
 
 
-def _write_files(
-    folder: Path,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    extra: Mapping[str, Any],
-    published: Mapping[str, Tensor] | None,
-) -> None:
+def _write_files(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, extra: Mapping[str, Any]) -> None:
     adapter = {name: p.detach().contiguous() for name, p in policy.trainable().items() if ".lora_" in name}
     with quiet():
         policy.model.save_pretrained(folder, state_dict=dict(published_weights(policy)) if adapter else None)
@@ -120,21 +109,15 @@ def _write_files(
             policy.tokenizer.save_pretrained(folder)
     if adapter:
         save_file(adapter, folder / ADAPTER)
-    if published is not None:
-        save_file({name: weight.contiguous() for name, weight in published.items()}, folder / PUBLISHED)
     save_file(_optimizer_state(policy, optimizer), folder / OPTIMIZER)
-    save_file(_rng_state(policy.device), folder / RNG)
+    random = {"cuda": torch.cuda.get_rng_state(policy.device)} if policy.device.type == "cuda" else {}
+    save_file({"cpu": torch.get_rng_state(), **random}, folder / RNG)
     (folder / EXTRA).write_text(json.dumps(dict(extra), allow_nan=False))
 
 
 def _optimizer_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = {name: optimizer.state.get(parameter, {}) for name, parameter in policy.trainable().items()}
     return {f"{kind}/{name}": value.contiguous() for name, kinds in state.items() for kind, value in kinds.items()}
-
-
-def _rng_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
 
 
 def _write_manifest(folder: Path, step: int, digest: str) -> None:
@@ -248,8 +231,10 @@ def restore(checkpoint: Checkpoint, policy: Policy, optimizer: torch.optim.Optim
         state.setdefault(name, {})[kind] = value
     parameters = policy.trainable()
     if state and state.keys() != parameters.keys():
-        raise CheckpointError(f"{checkpoint.path / OPTIMIZER} belongs to another model: {len(state)} parameters there, "
-                              f"{len(parameters)} here; use the recipe that wrote it")  # fmt: skip
+        raise CheckpointError(
+            f"{checkpoint.path / OPTIMIZER} belongs to another model: {len(state)} parameters there, "
+            f"{len(parameters)} here; use the recipe that wrote it"
+        )
     for name, kinds in state.items():
         device = policy.device
         optimizer.state[parameters[name]] = {k: v if k == "step" else v.to(device) for k, v in kinds.items()}

@@ -43,30 +43,26 @@ def policy_loss(
     objective: Objective,
     *,
     normalizer: float,
-    temperature: float,
+    temperature: float = 1.0,
     entropy_coefficient: float = 0.0,
 ) -> PolicyLoss:
     """Loss and log-probs of a batch's R scored rows, from hidden [T, D]; PolicyLoss as in oapl_kernels, its T our R.
 
     A float32 head's weight gradient is added straight to `weight.grad`, in float32, whatever the matmul precision.
     """
-    rows, target = _rows(batch, hidden.device), _scored(batch.target, batch, hidden.device)
-    optional = {
-        name: _scored(values, batch, hidden.device)
-        for name in ("proximal_logprob", "reference_logprob")
-        if (values := getattr(batch, name)) is not None
-    }
-    inputs = PolicyInputs(
-        _scored(batch.behavior_logprob, batch, hidden.device),
-        torch.from_numpy(batch.advantage).to(hidden.device),
-        **optional,
-    )
+
+    def there(values: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(values).to(hidden.device)
+
+    names = ("behavior_logprob", "proximal_logprob", "reference_logprob")
+    logprobs = {n: there(values[batch.rows]) for n in names if (values := getattr(batch, n)) is not None}
+    inputs = PolicyInputs(advantage=there(batch.advantage), **logprobs)
     weight = head.weight
     return fused_policy_loss(
-        hidden.index_select(0, rows),
+        hidden.index_select(0, there(batch.rows)),
         weight,
-        target,
-        torch.from_numpy(batch.cu_seqlens).to(hidden.device),
+        there(batch.target[batch.rows]),
+        there(batch.cu_seqlens),
         objective,
         inputs,
         normalizer=normalizer,
@@ -78,16 +74,8 @@ def policy_loss(
 
 def row_logprob(head: Head, hidden: Tensor, batch: Batch, temperature: float) -> Tensor:
     """Log-probs [R] f32 of a batch's scored rows, from hidden [T, D]."""
-    rows, target = _rows(batch, hidden.device), _scored(batch.target, batch, hidden.device)
+    rows, target = (torch.from_numpy(x).to(hidden.device) for x in (batch.rows, batch.target[batch.rows]))
     return linear_logprob(hidden.index_select(0, rows), head.weight, target, **head.options(temperature))
-
-
-def _rows(batch: Batch, device: torch.device) -> Tensor:
-    return torch.from_numpy(batch.rows).to(device)
-
-
-def _scored(values: NDArray[np.generic], batch: Batch, device: torch.device) -> Tensor:
-    return torch.from_numpy(values[batch.rows]).to(device)
 
 
 def _gradient(weight: Tensor) -> Tensor | None:

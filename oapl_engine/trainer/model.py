@@ -47,6 +47,11 @@ class Policy:
     def head(self) -> Head:
         return head_of(self.model)
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the head: token ids are below it."""
+        return len(self.head.weight)
+
     def precision(self) -> AbstractContextManager[Any]:
         """Autocast where the matrix products are narrower than the parameters."""
         parameter = next(self.model.parameters()).dtype
@@ -239,7 +244,7 @@ def choose_layout(policy: Policy) -> None:
     own_attention = network.config._attn_implementation
     # The comparison is one of mathematics: at the parameters' own precision, by a kernel that has it.
     policy.matmul_dtype, policy.kernel = next(network.parameters()).dtype, "sdpa"
-    items = probe_items(len(network.get_output_embeddings().weight))
+    items = probe_items(policy.vocabulary)
     own = {r.key: own_logprob(network, r, policy.device) for item in items for r in item.rollouts}
     reason = layout_rule(network.config.get_text_config())
     if not network._supports_attention_backend:
@@ -295,8 +300,3 @@ def published_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
             weight = weight + adapters[name].get_delta_weight("default").detach().to(weight.dtype)
         if ".lora_" not in name:
             yield name.replace(".base_layer", ""), weight
-
-
-def vocabulary_size(policy: Policy) -> int:
-    """Rows of the head: token ids are below it."""
-    return len(policy.head.weight)

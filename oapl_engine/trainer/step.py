@@ -16,6 +16,8 @@ from oapl_engine.trainer.head import policy_loss
 from oapl_engine.trainer.model import Policy
 from oapl_engine.trainer.ranks import ALONE, Ranks
 
+REFUSED = "the step is refused, the weights are unchanged"
+
 
 class NonFiniteError(RunError):
     """A NaN or Inf in reward, log-prob, loss or gradient. The weights, and the optimizer's state, are untouched."""
@@ -64,7 +66,8 @@ def train_step(
         if nonfinite == "stop":
             raise
         return StepResult(False, str(error), {})
-    _clip(policy, norm, clip_norm)
+    if clip_norm < float("inf"):
+        torch.nn.utils.clip_grads_with_norm_(policy.trainable().values(), clip_norm, norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
@@ -106,27 +109,16 @@ def sum_gradients(policy: Policy, ranks: Ranks) -> None:
 
 
 def accumulate_gradients(
-    policy: Policy,
-    batches: Sequence[Batch],
-    objective: Objective,
-    *,
-    normalizer: float,
-    temperature: float = 1.0,
-    entropy_coefficient: float = 0.0,
+    policy: Policy, batches: Sequence[Batch], objective: Objective, **how: float
 ) -> list[PolicyLoss]:
-    """Add the gradient of the summed loss / normalizer to every parameter's .grad; the micro-batches' losses."""
+    """Add the gradient of the summed loss / normalizer to every parameter's .grad; the micro-batches' losses.
+
+    how: normalizer, temperature (1) and entropy_coefficient (0) of head.policy_loss.
+    """
     losses = []
     for batch in batches:
         with policy.precision():
-            loss = policy_loss(
-                policy.head,
-                policy.hidden(batch),
-                batch,
-                objective,
-                normalizer=normalizer,
-                temperature=temperature,
-                entropy_coefficient=entropy_coefficient,
-            )
+            loss = policy_loss(policy.head, policy.hidden(batch), batch, objective, **how)
         loss.loss.backward()
         losses.append(PolicyLoss(*(part.detach() for part in loss)))
     return losses
@@ -149,7 +141,7 @@ def _check_losses(batches: Sequence[Batch], losses: Sequence[PolicyLoss]) -> Non
 def _refuse(what: str, batch: Batch, sequences: np.ndarray) -> None:
     if len(sequences):
         keys = ", ".join(batch.keys[i] for i in dict.fromkeys(sequences.tolist()))
-        raise NonFiniteError(f"{what} is NaN or Inf in rollouts {keys}: the step is refused, the weights are unchanged")
+        raise NonFiniteError(f"{what} is NaN or Inf in rollouts {keys}: {REFUSED}")
 
 
 def _check_gradients(policy: Policy, batches: Sequence[Batch]) -> Tensor:
@@ -159,16 +151,8 @@ def _check_gradients(policy: Policy, batches: Sequence[Batch]) -> Tensor:
     if not torch.isfinite(norm):
         names = [name for name, g in gradients.items() if not torch.isfinite(g).all()] or ["the global norm"]
         keys = ", ".join(key for batch in batches for key in batch.keys)
-        raise NonFiniteError(
-            f"gradient of {names[0]} is NaN or Inf in a step of rollouts {keys}: the step is refused, the weights are "
-            "unchanged"
-        )
+        raise NonFiniteError(f"gradient of {names[0]} is NaN or Inf in a step of rollouts {keys}: {REFUSED}")
     return norm
-
-
-def _clip(policy: Policy, norm: Tensor, clip_norm: float) -> None:
-    if clip_norm < float("inf"):
-        torch.nn.utils.clip_grads_with_norm_(policy.trainable().values(), clip_norm, norm)
 
 
 def _metrics(

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GptO
 from oapl_engine import config
 from oapl_engine.config import ConfigError
 from oapl_engine.trainer.layout import LAYOUTS
-from oapl_engine.trainer.model import Policy, choose_layout, load_policy, vocabulary_size
+from oapl_engine.trainer.model import Policy, choose_layout, load_policy
 from oapl_engine.trainer.packing import pack
 from oapl_engine.trainer.step import accumulate_gradients
 
@@ -28,7 +28,7 @@ def test_loads(model_folder):
     policy = load(model_folder(), precision="float32")
     assert policy.layout == LAYOUTS[0]
     assert policy.matmul_dtype == torch.float32
-    assert vocabulary_size(policy) == 97
+    assert policy.vocabulary == 97
     assert all(p.dtype == torch.float32 and p.requires_grad for p in policy.trainable().values())
 
 
