@@ -1,7 +1,5 @@
 """`oapl …`: thin. Bad input exits with 2 and one line; Ctrl-C with 130; a failure while running with 1."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

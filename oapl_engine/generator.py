@@ -1,7 +1,5 @@
 """The generating half of a run: carries out Submit, Pause, Resume, Sleep, Wake, Publish and Evaluate."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -40,7 +38,7 @@ RESTARTS = 3  # deaths in a row, without a group in between, that end the run
 
 
 @contextlib.contextmanager
-def open_generator(learner: Learner, inbox: queue.SimpleQueue[e.Event]) -> Iterator[Generator]:
+def open_generator(learner: Learner, inbox: queue.SimpleQueue[e.Event]) -> Iterator["Generator"]:
     """Task, verifiers and a running engine for a learner's recipe; all of it is gone on exit."""
     recipe = learner.recipe
     try:

@@ -1,7 +1,5 @@
 """The learning half of a run: carries out Train, Clear, Resample, Checkpoint, LoadTrainer and OffloadTrainer."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +33,7 @@ from oapl_engine.trainer.score import score, scored_as
 from oapl_engine.trainer.step import StepResult, train_step
 
 
-def open_learner(recipe: Recipe, model: Model, run_dir: Path, display: Display, ranks: Ranks = ALONE) -> Learner:
+def open_learner(recipe: Recipe, model: Model, run_dir: Path, display: Display, ranks: Ranks = ALONE) -> "Learner":
     """Policy, optimizer and files of a run, as they were at its newest checkpoint. model: with a resolved path."""
     torch.set_num_threads(recipe.run.threads or len(os.sched_getaffinity(0)))
     torch.manual_seed(recipe.run.seed)

@@ -1,11 +1,9 @@
 """`oapl doctor --weights MODEL_DIR`: does a publish leave a live engine equal to one that loads the same checkpoint?"""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -61,7 +59,7 @@ class _Answers:
             self.responses = [group[0].token_ids for group in collector.generate_many(prompts, 1, how)]
             collector.close()
 
-    def difference(self, fresh: _Answers) -> str | None:
+    def difference(self, fresh: Self) -> str | None:
         for rank, (ours, theirs) in enumerate(zip(self.checksums, fresh.checksums, strict=True)):
             for name in ours | theirs:
                 if ours.get(name) != theirs.get(name):

@@ -1,7 +1,5 @@
 """The run directory: one run at a time, one recipe for its life, everything it needs to go on after a kill."""
 
-from __future__ import annotations
-
 import dataclasses
 import fcntl
 import itertools

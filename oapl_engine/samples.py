@@ -3,8 +3,6 @@
 Notation as in docs: T packed tokens, N scored sequences, P groups (prompts), G rollouts a group.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, Literal
 

@@ -3,8 +3,6 @@
 Loss on the answer and its end of sequence only. The same seed and thread count give the same weights.
 """
 
-from __future__ import annotations
-
 import shutil
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`torchrun -m oapl_engine.train RECIPE`: wires the rooms and carries out the scheduler's commands until Exit."""
 
-from __future__ import annotations
-
 import os
 import queue
 import signal

@@ -3,8 +3,6 @@
 A local file (`data.path`) is JSONL with the columns of COLUMNS, one problem a line.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass

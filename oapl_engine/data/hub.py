@@ -1,7 +1,5 @@
 """Problems from a data set of the Hugging Face hub (package `datasets`, optional), with the fields of JSONL."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from oapl_engine.config import ConfigError, nearest

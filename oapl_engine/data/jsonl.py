@@ -4,8 +4,6 @@ Fields: `question` or `prompt` (text, one of them); `answer` (text or number) or
 (text or number, optional; else the line number). Everything else is kept in the record for the verifier.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable

@@ -4,16 +4,11 @@ sort: "352810>" is answered "012358". addition: "385+467=" is answered by a scra
 then ">" and the sum: "12,15,08>852"; only what follows ">" is scored.
 """
 
-from __future__ import annotations
-
 import random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from oapl_engine.config import ConfigError, nearest
 from oapl_engine.data.problem import Problem, Source
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 VOCABULARY = [PAD, BOS, EOS, UNKNOWN, *"0123456789+-*/=<>:;,.()| \n?#"]
@@ -59,8 +54,11 @@ def _addition(rng: random.Random, digits: int) -> tuple[str, dict[str, Any]]:
     return f"{a}+{b}=", {"answer": str(a + b), "solution": f"{','.join(steps)}>{a + b}"}
 
 
-def micro_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character of VOCABULARY; decode(encode(text)) == text. The chat template is the bare content."""
+def micro_tokenizer() -> Any:
+    """A fast tokenizer of transformers: one token a character of VOCABULARY; decode(encode(text)) == text.
+
+    The chat template is the bare content.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -4,8 +4,6 @@
 for machines without the hub.
 """
 
-from __future__ import annotations
-
 import difflib
 import importlib.util
 import os

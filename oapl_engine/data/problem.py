@@ -1,7 +1,5 @@
 """What every source of problems offers: a question by number, and the record its verifier needs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

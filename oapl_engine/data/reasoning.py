@@ -1,7 +1,5 @@
 """Problems of reasoning-gym by name, generated when asked for."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys

@@ -1,7 +1,5 @@
 """A question becomes the token ids of a prompt."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

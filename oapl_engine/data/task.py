@@ -4,8 +4,6 @@ Held-out problems depend on [data] alone, not on the seed: runs with other seeds
 same problems and none of them trains on one. A smaller data.held_out is the beginning of a larger one.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

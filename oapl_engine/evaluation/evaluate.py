@@ -1,7 +1,5 @@
 """Held-out pass@k of one policy version: generate, verify, write eval.jsonl and eval_problems.jsonl."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Unbiased pass@k (Chen et al. 2021, arXiv 2107.03374): 1 − C(n−c, k) / C(n, k), its mean over problems and errors."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 The counts of every problem are kept in OUT/LABEL/eval_problems.jsonl as they come: the same command goes on from there.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """EngineClient: the engine process as asyncio methods. All calls of one client belong to one event loop."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import socket

@@ -1,7 +1,5 @@
 """Collector: prompts in, verified groups out. Its event loop runs on a thread of its own, so training never waits."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import math

@@ -5,8 +5,6 @@ AsyncLLM as shipped needs a spawned EngineCore, and on CPU a spawned worker belo
 that and leaves nothing behind. Used where one device serves one engine; tensor parallel engines take vLLM's own way.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import queue
@@ -20,6 +18,16 @@ from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources, Engin
 from vllm.v1.engine.exceptions import EngineDeadError
 
 logger = logging.getLogger(__name__)
+
+
+class Outputs:
+    """The queue that the core puts its outputs into: hands them to the event loop of the client."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, receive: Any) -> None:
+        self.loop, self.receive = loop, receive
+
+    def put_nowait(self, item: tuple[int, EngineCoreOutputs]) -> None:
+        self.loop.call_soon_threadsafe(self.receive, item[1])
 
 
 class ThreadCore(EngineCoreProc):
@@ -37,16 +45,6 @@ class ThreadCore(EngineCoreProc):
         self.last_counts = (0, 0)
         self.process_input_queue_block = True
         EngineCore.__init__(self, vllm_config, executor_class, log_stats)
-
-
-class Outputs:
-    """The queue that the core puts its outputs into: hands them to the event loop of the client."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, receive: Any) -> None:
-        self.loop, self.receive = loop, receive
-
-    def put_nowait(self, item: tuple[int, EngineCoreOutputs]) -> None:
-        self.loop.call_soon_threadsafe(self.receive, item[1])
 
 
 class ThreadClient(AsyncMPClient):

@@ -1,7 +1,5 @@
 """What travels between EngineClient and the engine process: length-prefixed msgpack frames over a unix socket."""
 
-from __future__ import annotations
-
 import asyncio
 import struct
 from typing import Any, Literal

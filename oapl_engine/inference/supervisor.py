@@ -1,7 +1,5 @@
 """Starts, watches, restarts and stops engine processes. Blocking; safe to use from any thread."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import importlib.util
@@ -17,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -89,7 +87,7 @@ class Engine:
         self,
         options: EngineOptions,
         log_path: str | Path,
-        on_lost: Callable[[Engine], None] | None = None,
+        on_lost: Callable[[Any], None] | None = None,
         start_seconds: float = 600.0,
     ) -> None:
         self.options = options
@@ -125,7 +123,7 @@ class Engine:
         self.options = dataclasses.replace(self.options, incarnation=self.options.incarnation + 1)
         self._start()
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

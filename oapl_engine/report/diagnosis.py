@@ -3,8 +3,6 @@
 Each rule is one function of the rows of metrics.jsonl; its limits stand beside it and are told with the finding.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Progress for people: a live line on a terminal, plain lines when piped."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`oapl rollouts RUN`: the log joined with the journal, as plain rows."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

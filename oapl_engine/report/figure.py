@@ -1,7 +1,5 @@
 """`oapl figure RUN FILE`: what a run did, as a picture: reward and held-out pass@1, lag, distance from the engine."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`oapl figure RUN FILE --kind gantt`: who worked when, from the scheduler's events; one sees what overlaps."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable
 from pathlib import Path

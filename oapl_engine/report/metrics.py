@@ -1,7 +1,5 @@
 """metrics.jsonl: one JSON object a step, always with every key; null means not measured, or not finite."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

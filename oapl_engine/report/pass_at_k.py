@@ -1,7 +1,5 @@
 """pass@k of several models as a table and as a picture."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

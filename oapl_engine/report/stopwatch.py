@@ -1,7 +1,5 @@
 """Seconds by activity between two optimizer steps: the seconds_* of metrics.jsonl."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Iterator

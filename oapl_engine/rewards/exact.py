@@ -4,8 +4,6 @@ Where in a response the answer is: extract = "all": the whole response; "first_l
 last number in it, thousands commas removed; "after": what follows the last `marker`. Blanks at both ends are removed.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Length-prefixed JSON over a pipe: no pickle between the trainer and a process that reads foreign text."""
 
-from __future__ import annotations
-
 import json
 import os
 import select

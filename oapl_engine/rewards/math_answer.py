@@ -1,7 +1,5 @@
 """Reward 1 where math-verify finds the response's answer equal to record["answer"] (LaTeX or plain), else 0."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from typing import Any

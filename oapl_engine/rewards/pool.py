@@ -1,7 +1,5 @@
 """Verifier processes that can be killed: one that hangs, dies, forks or prints costs its own verdict only."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os
@@ -12,7 +10,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -60,7 +58,7 @@ class VerifierPool:
         for worker in self._workers:
             worker.close()
 
-    def __enter__(self) -> VerifierPool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

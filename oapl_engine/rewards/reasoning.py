@@ -1,7 +1,5 @@
 """Reward of reasoning-gym's own scorer for the data set that made the problem, in [0, 1]; partial credit is its own."""
 
-from __future__ import annotations
-
 import functools
 import sys
 import types

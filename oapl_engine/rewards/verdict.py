@@ -4,8 +4,6 @@ A verifier is `function(response, record, options)`; it returns a reward, or (re
 *record* is unusable. A wrong answer is a reward, 0. Besides the names below, "package.module:function" names your own.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import math

@@ -4,8 +4,6 @@ For each request it replies {"started": true} once the verifier is imported (the
 verdict. It ends with its owner, whatever it is doing.
 """
 
-from __future__ import annotations
-
 import ctypes
 import dataclasses
 import fcntl

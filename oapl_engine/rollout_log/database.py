@@ -1,7 +1,5 @@
 """SQLite opened the durable way: WAL where the file system is local, a rollback journal on network file systems."""
 
-from __future__ import annotations
-
 import sqlite3
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The journal: the only truth about what was consumed and published. Insert only; a step is an intent, then done."""
 
-from __future__ import annotations
-
 import json
 import threading
 from dataclasses import dataclass

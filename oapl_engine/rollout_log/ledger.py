@@ -1,7 +1,5 @@
 """Every generated token ends in exactly one column, and the columns add up to what the engines report."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass, field
 

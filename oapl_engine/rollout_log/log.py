@@ -1,7 +1,5 @@
 """The rollout log: append-only SQLite, one transaction a group, a CRC a row. What is not here was not generated."""
 
-from __future__ import annotations
-
 import json
 import sqlite3
 import threading

@@ -4,8 +4,6 @@ Ranks meet in rounds. In a round everyone tells what it heard and what it answer
 those of rank 1, and so on. No rank decides anything that the others do not decide too.
 """
 
-from __future__ import annotations
-
 import contextlib
 import queue
 from collections.abc import Callable, Sequence

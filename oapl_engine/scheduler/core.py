@@ -11,8 +11,6 @@ A long tail need not be waited for: with on_publish = "keep" or "abort", an alte
 trains as soon as the window's groups are there, and the rest finishes in the next phase, or is aborted.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -80,17 +78,17 @@ class Buffer:
         self._start, self._stop = 0, len(self._items)
         self.uses = sum(w.uses for w in self._items)
 
-    def _slice(self, start: int, stop: int, uses: int) -> Buffer:
+    def _slice(self, start: int, stop: int, uses: int) -> "Buffer":
         other = Buffer.__new__(Buffer)
         other._items, other._start, other._stop, other.uses = self._items, start, stop, uses
         return other
 
-    def append(self, group: Waiting) -> Buffer:
+    def append(self, group: Waiting) -> "Buffer":
         own = self if self._stop == len(self._items) else Buffer(self)
         own._items.append(group)
         return own._slice(own._start, own._stop + 1, self.uses + group.uses)
 
-    def take(self, n: int) -> tuple[tuple[Waiting, ...], Buffer]:
+    def take(self, n: int) -> tuple[tuple[Waiting, ...], "Buffer"]:
         """The n oldest (all if fewer), and the rest."""
         middle = min(self._start + n, self._stop)
         taken = tuple(self._items[self._start : middle])

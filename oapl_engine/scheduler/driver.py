@@ -3,8 +3,6 @@
 Every event and command goes to `events.jsonl` of the run, so that a run replays to the identical commands.
 """
 
-from __future__ import annotations
-
 import contextlib
 import queue
 import time

@@ -4,8 +4,6 @@ Nothing here knows the modes: it obeys commands as the rooms do. The driver's th
 out; engines go on beside it unless they are paused or asleep, each sequence in a slot of its own.
 """
 
-from __future__ import annotations
-
 import bisect
 import heapq
 import queue

@@ -8,8 +8,6 @@ Stock attention given packed rows is silently wrong (a jump of positions is read
 unless both are there: `packed_attention` refuses without a plan, `Policy.hidden` without the registered attention.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

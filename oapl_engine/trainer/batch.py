@@ -1,7 +1,5 @@
 """What a step trains on: rollouts chosen by rule, their advantages, and what is told about them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 

@@ -5,8 +5,6 @@ leaves the earlier checkpoints as they were. A damaged file is named and never u
 What is not the model lies in the subfolder `trainer`, because vLLM loads every *.safetensors beside config.json.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

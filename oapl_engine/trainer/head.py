@@ -1,7 +1,5 @@
 """From hidden states to log-probs and losses: only rows that predict a sampled token reach the vocabulary head."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -5,8 +5,6 @@ or where attention is not what `oapl_packed` computes (sinks, masks of its own).
 differ from the model's own, sequence by sequence, and the next layout is tried.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The policy: any transformers causal LM, its head, and its forward pass over packed rows."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager

@@ -1,7 +1,5 @@
 """From the recipe's [objective] to an `oapl_kernels` objective, its advantages and its normaliser."""
 
-from __future__ import annotations
-
 import inspect
 
 from oapl_kernels import Objective, group_advantage, grpo_advantage

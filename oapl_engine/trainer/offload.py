@@ -3,8 +3,6 @@
 Master weights, buffers and the optimizer's moments move; gradients are zero between steps, so they are freed instead.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

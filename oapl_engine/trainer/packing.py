@@ -5,8 +5,6 @@ response up to the token before its last scored one. So every row that predicts 
 response alone, and no row needs special treatment. Without sharing, a response's rows begin with its whole prompt.
 """
 
-from __future__ import annotations
-
 import heapq
 import math
 from collections.abc import Iterable, Sequence

@@ -4,8 +4,6 @@ A step's groups go to every rank (token ids: small), so all find the same advant
 trains a share of nearly equal tokens, and gradients are summed. Messages travel over gloo as tensors; nothing pickles.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Ours has token ids and behaviour log-probs. Theirs (the paper's code experiment)
 rewards that were recorded for the prompt, for the group value; its behaviour log-probs must be recomputed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

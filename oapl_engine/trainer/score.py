@@ -1,7 +1,5 @@
 """Log-probs of finished rollouts under the policy: the same packing, attention and head as in training."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

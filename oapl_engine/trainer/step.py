@@ -1,7 +1,5 @@
 """One optimizer step as a function."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
