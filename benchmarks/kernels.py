@@ -168,7 +168,10 @@ class Products(TorchDispatchMode):
         self.flops = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "oapl_kernels":
+        if function._opname == "product":
+            left, right = args[:2]
+            self.flops += 2 * left.numel() * right.shape[1]
+        elif function.namespace == "oapl_kernels":
             with self:
                 return compiler.FUNCTIONS[function._opname](*args, **(kwargs or {}))
         if function.overloadpacket._qualified_op_name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"):

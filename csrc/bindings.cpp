@@ -5,6 +5,7 @@
 #include <string>
 
 #include "epilogue.h"
+#include "matmul.h"
 #include "weights.h"
 
 namespace py = pybind11;
@@ -54,6 +55,22 @@ PYBIND11_MODULE(_cpu, module) {
       },
       py::arg("sums"), py::arg("products"), py::arg("count"), py::arg("add"), py::arg("threads"));
 
+  module.def("multiplies", &oapl::multiplies, py::arg("bf16"));
+  module.def(
+      "multiply",
+      [](Address left, std::pair<int64_t, int64_t> left_strides, Address right, std::pair<int64_t, int64_t> right_strides,
+         Address out, int64_t out_stride, int64_t rows, int64_t columns, int64_t depth, bool add, bool bf16,
+         int threads) {
+        py::gil_scoped_release release;
+        oapl::multiply({{at<const void>(left), left_strides.first, left_strides.second},
+                        {at<const void>(right), right_strides.first, right_strides.second},
+                        rows, columns, depth, at<float>(out), out_stride, add},
+                       bf16, threads);
+      },
+      py::arg("left"), py::arg("left_strides"), py::arg("right"), py::arg("right_strides"), py::arg("out"),
+      py::arg("out_stride"), py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("add"), py::arg("bf16"),
+      py::arg("threads"));
+
   py::class_<oapl::Seeds>(module, "Seeds").def(py::init<uint32_t, uint32_t>());
   py::enum_<oapl::Format>(module, "Format")
       .value("float32", oapl::Format::float32)
@@ -99,6 +116,6 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("select_instruction_set", [](const std::string& name) {
     if (!oapl::select_instruction_set(name.c_str()))
       throw py::value_error("instruction set is '" + name +
-                            "'; allowed: 'avx512', 'avx2', 'portable', where the processor has it");
+                            "'; allowed: 'avx512_bf16', 'avx512', 'avx2', 'portable', where the processor has it");
   });
 }

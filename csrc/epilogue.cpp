@@ -55,9 +55,10 @@ static std::vector<InstructionSet> instruction_sets() {
   std::vector<InstructionSet> sets;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  sets.push_back({"avx512", &avx512::kernels,
-                  __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")});
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  sets.push_back({"avx512_bf16", &avx512::kernels, avx512 && __builtin_cpu_supports("avx512bf16")});
+  sets.push_back({"avx512", &avx512::kernels, avx512});
   sets.push_back({"avx2", &avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
 #endif
   sets.push_back({"portable", &portable::kernels, true});

@@ -28,7 +28,7 @@ void gradient(const Logits& logits, const Statistics& statistics, const Coeffici
 // sums[i] = (or, with add, +=) the bf16 value products[i]
 void accumulate(float* sums, const uint16_t* products, int64_t count, bool add, int threads);
 
-// "avx512", "avx2" or "portable": what runs. select returns false if this processor lacks the named one.
+// "avx512_bf16" (differs from "avx512" in matmul.h alone), "avx512", "avx2" or "portable": what runs. select returns false if this processor lacks the named one.
 const char* instruction_set();
 bool select_instruction_set(const char* name);
 

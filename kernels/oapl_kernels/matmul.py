@@ -1,7 +1,7 @@
-"""The three library products of the head, each with fp32 sums (fp64 for fp64), for every dtype and device.
+"""The three products of the head, each with fp32 sums (fp64 for fp64), for every dtype and device.
 
-Half precision is multiplied as it is where the hardware does that at full speed and, for the logits, where the
-library can return fp32. Otherwise the weight is widened tile by tile: slower than a bf16 unit, never wrong.
+They are the library's, but on CPU it has no bf16 product with fp32 sums: where the processor can, csrc/matmul.cpp has
+(and a quicker fp32 one for a wide result). Elsewhere the weight is widened tile by tile: slower, never wrong.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .backend import extension
+from .compiler import operation
 from .scratch import scratch
 
 TILE = 4096  # vocabulary rows widened at a time
@@ -38,9 +39,51 @@ def _wide_tiles(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, tile
 
 
+def _has_product(left: Tensor, right: Tensor) -> bool:
+    """Whether `product` takes these."""
+    cpp = extension()
+    if cpp is None or left.device.type != "cpu" or left.dtype != right.dtype:
+        return False
+    if left.dtype not in (torch.float32, torch.bfloat16) or not cpp.multiplies(left.dtype == torch.bfloat16):
+        return False
+    return min(left.stride()) == min(right.stride()) == 1
+
+
+def _has_bf16_product(left: Tensor, right: Tensor) -> bool:
+    """Whether `product` is the way to multiply gradients: where the processor has AMX, the library's is quicker."""
+    return left.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported() and _has_product(left, right)
+
+
+def _nothing(*arguments: object) -> None: ...
+
+
+@operation(_nothing, mutates=("out",))
+def product(left: Tensor, right: Tensor, out: Tensor, add: bool) -> None:
+    """out [m, n] fp32 = (with add, +=) left [m, k] @ right [k, n], both fp32 or both bf16."""
+    cpp = extension()
+    assert cpp is not None  # _has_product
+    (rows, depth), columns = left.shape, right.shape[1]
+    cpp.multiply(
+        left.data_ptr(),
+        left.stride(),
+        right.data_ptr(),
+        right.stride()[::-1],
+        out.data_ptr(),
+        out.stride(0),
+        rows,
+        columns,
+        depth,
+        add,
+        left.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
+
+
 def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """out [t, V] wide = hidden [t, D] @ weight [V, D]^T."""
-    if hidden.dtype == out.dtype:
+    if _has_product(hidden, weight):
+        product(hidden, weight.t(), out, False)
+    elif hidden.dtype == out.dtype:
         torch.mm(hidden, weight.t(), out=out)
     elif hidden.is_cuda:
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
@@ -52,12 +95,16 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
 
 def hidden_product(grad: Tensor, weight: Tensor, out: Tensor) -> None:
     """out [t, D] = grad [t, V] @ weight [V, D]; out in grad's dtype, or narrower."""
-    if grad.dtype == weight.dtype == out.dtype:
+    summed = _has_bf16_product(grad, weight)
+    if grad.dtype == weight.dtype == out.dtype and not summed:
         torch.mm(grad, weight, out=out)
         return
-    total = scratch(*out.shape, dtype=grad.dtype, device=grad.device)
-    for rows, tile in _wide_tiles(weight):
-        torch.addmm(total, grad[:, rows], tile, beta=float(rows.start > 0), out=total)
+    total = scratch(*out.shape, dtype=wide(grad.dtype), device=grad.device)
+    if summed:
+        product(grad, weight, total, False)
+    else:
+        for rows, tile in _wide_tiles(weight):
+            torch.addmm(total, grad[:, rows], tile, beta=float(rows.start > 0), out=total)
     out.copy_(total)
 
 
@@ -89,12 +136,14 @@ class WeightGradient:
 
     def _add_product(self, into: Tensor, grad: Tensor, hidden: Tensor) -> None:
         keep = 0.0 if self.empty else 1.0
-        if grad.dtype == into.dtype:
+        if _has_bf16_product(grad, hidden) and into.stride(1) == 1:
+            product(grad, hidden, into, not self.empty)
+        elif grad.dtype == into.dtype:
             torch.addmm(into, grad, hidden.to(grad.dtype), beta=keep, out=into)
         elif grad.is_cuda:
             torch.addmm(into, grad, hidden, out_dtype=into.dtype, beta=keep, out=into)
         else:
-            # No bf16 product with fp32 output on CPU: a kept temporary, added in fp32.
+            # The library has no bf16 product with fp32 sums on CPU: a kept temporary, added in fp32.
             if self._product is None:
                 self._product = scratch(*into.shape, dtype=grad.dtype, device=grad.device)
             torch.mm(grad, hidden, out=self._product)

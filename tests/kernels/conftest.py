@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from oapl_kernels import scratch
+from oapl_kernels.backend import extension
 
 sys.path.insert(0, str(Path(__file__).parent))  # head_reference, shared by the tests of this folder
 
@@ -21,3 +22,15 @@ def one_thread():
 def poisoned_scratch(monkeypatch):
     """Scratch starts as NaN: whatever is read before it is written shows in the results."""
     monkeypatch.setattr(scratch, "POISON", True)
+
+
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
+def instruction_set(request):
+    """Every instruction set that this processor has, one after the other."""
+    before = extension().instruction_set()
+    try:
+        extension().select_instruction_set(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    extension().select_instruction_set(before)

@@ -49,6 +49,10 @@ def arguments(name, backend):
         return logits, target, stats, torch.randn(6), torch.randn(6), 0.7, 3.0, torch.float32, backend
     if name == "sequence_sums":
         return torch.randn(7, requires_grad=True), torch.tensor([0, 3, 7]), torch.arange(7) % 3
+    if name == "product":
+        if extension() is None or not extension().multiplies(False):
+            pytest.skip("this processor has no product of ours")
+        return torch.randn(6, 40), torch.randn(40, 5), torch.zeros(6, 5), True
     assert name == "pack_payload", f"no arguments for {name}"
     return torch.randn(40), torch.empty(40, dtype=torch.bfloat16)
 

@@ -11,17 +11,6 @@ from oapl_kernels.backend import extension
 pytestmark = pytest.mark.skipif(extension() is None, reason=NOT_BUILT)
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
-def instruction_set(request):
-    before = extension().instruction_set()
-    try:
-        extension().select_instruction_set(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    extension().select_instruction_set(before)
-
-
 def inputs(rows, vocabulary, scale, seed=0):
     random = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, vocabulary, generator=random) * scale
