@@ -144,16 +144,12 @@ def settings_of(recipe: Recipe, engines: int = 1) -> Settings:
     s = recipe.schedule
     lag = s.steps if s.mode == "offline" else s.lag
     carries = s.mode == "async" or (s.mode == "phased" and s.on_publish == "keep")
+    same = ("mode", "steps", "groups_per_step", "allowance", "on_publish", "max_kl")
     return Settings(
-        mode=s.mode,
-        steps=s.steps,
-        groups_per_step=s.groups_per_step,
+        **{name: getattr(s, name) for name in same},
         lag=lag,
         window=s.window or (2 if carries else 1),
         credit=s.credit or lag * s.groups_per_step,
-        allowance=s.allowance,
-        on_publish=s.on_publish,
-        max_kl=s.max_kl,
         checkpoint_every=recipe.checkpoint.every,
         evaluate=recipe.evaluation.n > 0 and s.mode != "offline",
         evaluate_every=recipe.evaluation.every,

@@ -11,6 +11,7 @@ unless both are there: `packed_attention` refuses without a plan, `Policy.hidden
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,14 @@ from oapl_engine.samples import PromptSpan
 NAME = "oapl_packed"
 # Up to this many rows one masked call a group beats one call a response (measured on CPU: packing.md).
 ROWS_IN_ONE_CALL = 256
+
+
+class How(NamedTuple):
+    """How queries meet keys: softcap(scale * q·k) over the last `window` positions. None: 1/√D, all of them, no cap."""
+
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -126,25 +135,17 @@ def packed_attention(
     if attention_plan is None:
         raise RuntimeError(f'attention "{NAME}" ran without a plan: call the model through Policy.hidden')
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast RoPE returns float32
+    how = How(scaling, sliding_window, softcap)
     if attention_plan.kernel == "sdpa" or (softcap is not None and attention_plan.kernel != "flash"):
-        return segment_attention(query, key, value, attention_plan, scaling, sliding_window, softcap), None
+        return segment_attention(query, key, value, attention_plan, how), None
     kernel = _flash if attention_plan.kernel == "flash" else _varlen
-    out = varlen_attention(query[0], key[0], value[0], attention_plan, kernel, scaling, sliding_window, softcap)
-    return out[None], None
+    return varlen_attention(query[0], key[0], value[0], attention_plan, kernel, how)[None], None
 
 
 AttentionInterface.register(NAME, packed_attention)
 
 
-def segment_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: AttentionPlan,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
+def segment_attention(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, how: How) -> Tensor:
     """One SDPA call a piece. Shapes as in `packed_attention`."""
     sizes = [piece.rows for piece in plan.pieces]
     # split, not slices: the backward of each slice would zero-fill a tensor of all rows.
@@ -154,22 +155,19 @@ def segment_attention(
         k, v = keys[i], values[i]
         if piece.context is not None:
             k, v = torch.cat([keys[piece.context], k], 2), torch.cat([values[piece.context], v], 2)
-        out.append(_attend(queries[i], k, v, _mask(plan, i, window), scale, softcap))
+        out.append(_attend(queries[i], k, v, _mask(plan, i, how.window), how))
     return torch.cat(out, 2).transpose(1, 2)
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None
-) -> Tensor:
-    if softcap is None:
-        grouped = key.shape[1] != query.shape[1]
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
-        )
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: How) -> Tensor:
     repeats = query.shape[1] // key.shape[1]
+    if how.softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=how.scale, enable_gqa=repeats > 1
+        )
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = softcap * torch.tanh(scores / softcap)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if how.scale is None else how.scale)
+    scores = how.softcap * torch.tanh(scores / how.softcap)
     rows, columns = scores.shape[-2:]
     keep = mask if mask is not None else torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril()
     return (
@@ -217,14 +215,7 @@ VarlenKernel = Callable[..., Tensor]
 
 
 def varlen_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: AttentionPlan,
-    kernel: VarlenKernel,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, kernel: VarlenKernel, how: How
 ) -> Tensor:
     """query [H, T, D], key and value [Hkv, T, D] -> [T, H, D] by one call of `kernel`, causal and aligned bottom right.
 
@@ -234,7 +225,7 @@ def varlen_attention(
     if plan.gather is not None:
         key, value = key.index_select(0, plan.gather), value.index_select(0, plan.gather)
     lengths = (plan.cu_query, plan.cu_key, plan.max_query, plan.max_key)
-    return kernel(query.contiguous(), key.contiguous(), value.contiguous(), *lengths, scale, window, softcap)
+    return kernel(query.contiguous(), key.contiguous(), value.contiguous(), *lengths, *how)
 
 
 def _flash(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap) -> Tensor:  # type: ignore[no-untyped-def]

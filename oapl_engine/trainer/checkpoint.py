@@ -37,6 +37,10 @@ class CheckpointError(RunError):
     """A checkpoint cannot be written, or none of those there can be used."""
 
 
+class Damaged(Exception):
+    """What is wrong with a checkpoint, with the file named."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A verified checkpoint. extra: what the run stored (data position, version, …)."""
@@ -86,13 +90,14 @@ def save(
 
 
 def _is_same(target: Path, digest: str) -> bool:
-    problem = verify(target)
-    if problem is not None:
+    try:
+        stored = verify(target).weight_hash
+    except Damaged as problem:
         aside = target.with_name(f"{target.name}.damaged-{len(list(target.parent.glob(f'{target.name}.damaged-*')))}")
         log.warning("%s; moved to %s", problem, aside)
         os.rename(target, aside)
         return False
-    if _manifest(target)["weight_hash"] != digest:
+    if stored != digest:
         raise CheckpointError(
             f"{target} holds other weights of the same step: a checkpoint is never overwritten; move it"
         )
@@ -124,8 +129,7 @@ def _write_manifest(folder: Path, step: int, digest: str) -> None:
         files[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": _hash(file)}
         _sync(file)
     content = {"format": FORMAT, "step": step, "weight_hash": digest, "files": files}
-    text = json.dumps(content, sort_keys=True)
-    (folder / MANIFEST).write_text(json.dumps({"content": content, "sha256": _hash_text(text)}, indent=1))
+    (folder / MANIFEST).write_text(json.dumps({"content": content, "sha256": _hash_json(content)}, indent=1))
     for path in (folder / MANIFEST, folder / STATE, folder):
         _sync(path)
 
@@ -135,8 +139,8 @@ def _hash(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _hash_text(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _hash_json(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -160,31 +164,26 @@ def _folders(directory: Path) -> list[Path]:
     return sorted(found, key=lambda p: -int(p.name.removeprefix("step_")))
 
 
-def verify(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, with the file named; None if nothing."""
+def verify(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder, every byte checked. Raises Damaged with the file named."""
     try:
-        files = _manifest(folder)["files"]
-        for name, expected in files.items():
+        stored = json.loads((folder / MANIFEST).read_text())
+        content = stored["content"]
+        if stored["sha256"] != _hash_json(content):
+            raise ValueError("its own SHA-256 does not fit")
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
+        for name, expected in content["files"].items():
             file = folder / name
             if file.stat().st_size != expected["bytes"]:
-                return f"{file} is damaged: {file.stat().st_size} bytes, written were {expected['bytes']}"
+                raise Damaged(f"{file} is damaged: {file.stat().st_size} bytes, written were {expected['bytes']}")
             if _hash(file) != expected["sha256"]:
-                return f"{file} is damaged: its SHA-256 is not the one in {MANIFEST}"
+                raise Damaged(f"{file} is damaged: its SHA-256 is not the one in {MANIFEST}")
+        return Checkpoint(folder, content["step"], content["weight_hash"], json.loads((folder / EXTRA).read_text()))
     except OSError as error:
-        return f"{error.filename} cannot be read: {error.strerror}"
+        raise Damaged(f"{error.filename} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        return f"{folder / MANIFEST} is damaged: {error}"
-    return None
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    stored = json.loads((folder / MANIFEST).read_text())
-    content: dict[str, Any] = stored["content"]
-    if stored["sha256"] != _hash_text(json.dumps(content, sort_keys=True)):
-        raise ValueError("its own SHA-256 does not fit")
-    if content["format"] != FORMAT:
-        raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
-    return content
+        raise Damaged(f"{folder / MANIFEST} is damaged: {error}") from error
 
 
 def load_newest(directory: Path) -> Checkpoint | None:
@@ -194,17 +193,14 @@ def load_newest(directory: Path) -> Checkpoint | None:
     """
     problems = []
     for folder in _folders(directory):
-        problem = verify(folder)
-        if problem is None:
-            content = _manifest(folder)
-            return Checkpoint(folder, content["step"], content["weight_hash"], json.loads((folder / EXTRA).read_text()))
-        log.warning("%s; falling back to an older checkpoint", problem)
-        problems.append(problem)
-    if problems:
-        raise CheckpointError(
-            f"no checkpoint in {directory} can be used: {'; '.join(problems)}; start in another run.dir"
-        )
-    return None
+        try:
+            return verify(folder)
+        except Damaged as problem:
+            log.warning("%s; falling back to an older checkpoint", problem)
+            problems.append(str(problem))
+    if not problems:
+        return None
+    raise CheckpointError(f"no checkpoint in {directory} can be used: {'; '.join(problems)}; start in another run.dir")
 
 
 def resume_policy(
