@@ -67,21 +67,10 @@ def evaluate(
     if len(verdicts) != len(pairs):
         raise ValueError(f"verify returned {len(verdicts)} verdicts on {len(pairs)} responses")
     each = [verdicts[i : i + settings.n] for i in range(0, len(pairs), settings.n)]
-    return Evaluated(
-        step=step,
-        version=version,
-        task=prompts[0].task,
-        seed=seed,
-        n=settings.n,
-        temperature=settings.temperature,
-        problems=tuple(p.id for p in prompts),
-        correct=tuple(sum(_is_correct(v) for v in group) for group in each),
-        invalid=tuple(sum(v.status != "scored" for v in group) for group in each),
-    )
-
-
-def _is_correct(verdict: Verdict) -> bool:
-    return verdict.status == "scored" and verdict.reward is not None and verdict.reward >= CORRECT
+    invalid = tuple(sum(v.status != "scored" for v in group) for group in each)
+    correct = tuple(sum(v.reward is not None and v.reward >= CORRECT for v in group) for group in each)
+    about = (step, version, prompts[0].task, seed, settings.n, settings.temperature)
+    return Evaluated(*about, tuple(p.id for p in prompts), correct, invalid)
 
 
 def append_evaluation(result: Evaluated, ks: Sequence[int], run_dir: str | Path) -> None:

@@ -42,7 +42,9 @@ class EngineClient:
 
     async def generate(self, token_ids: TokenIds, n: int, sampling: Sampling) -> AsyncIterator[Sample]:
         """Yields n samples of a prompt, each when it is finished (pause(abort) finishes them early)."""
-        async for reply in self._call("generate", token_ids=_ints(token_ids), n=n, sampling=_plain(sampling)):
+        async for reply in self._call(
+            "generate", token_ids=_ints(token_ids), n=n, sampling=msgspec.to_builtins(sampling)
+        ):
             if reply.kind == "sample":
                 yield msgspec.convert(reply.body, Sample)
 
@@ -72,8 +74,7 @@ class EngineClient:
 
     async def transfer(self, phase: str, payload: dict[str, Any]) -> dict[str, Any]:
         """One phase of a weight update: "init", "start", "bucket", "finish", "attest". See weights.publish."""
-        reply: dict[str, Any] = await self._result("transfer", phase=phase, payload=payload)
-        return reply
+        return await self._result("transfer", phase=phase, payload=payload)
 
     async def control(self, phase: str, payload: dict[str, Any]) -> Any:
         """What weights.Publisher asks for: pause {"mode"}, resume, score {"token_ids"}, else a phase of transfer."""
@@ -87,8 +88,7 @@ class EngineClient:
 
     async def counters(self) -> dict[str, Any]:
         """incarnation, tokens_generated, tokens_scored, samples_finished, samples_running, version, state, pid."""
-        reply: dict[str, Any] = await self._result("counters")
-        return reply
+        return await self._result("counters")
 
     async def version(self) -> int:
         """Policy version of the weights in place."""
@@ -155,8 +155,3 @@ class EngineClient:
 
 def _ints(token_ids: TokenIds) -> list[int]:
     return np.asarray(token_ids).tolist()
-
-
-def _plain(sampling: Sampling) -> dict[str, Any]:
-    plain: dict[str, Any] = msgspec.to_builtins(sampling)
-    return plain

@@ -8,7 +8,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-PLAIN_EVERY_SECONDS = 5.0
+PLAIN_SECONDS = 5.0  # at most, between lines
 
 
 class Display:
@@ -34,12 +34,9 @@ class Display:
         changed, self.phase, self.detail = phase != self.phase, phase, detail
         if self.live:
             self.live.update(self._table())
-        elif (changed and phase != "train" and self.window > 1) or self._is_late():
+        elif (changed and phase != "train" and self.window > 1) or time.monotonic() > self.last_plain + PLAIN_SECONDS:
             self.last_plain = time.monotonic()
             self.say(f"{phase} {detail}".rstrip())
-
-    def _is_late(self) -> bool:
-        return time.monotonic() - self.last_plain > PLAIN_EVERY_SECONDS
 
     def show_step(self, row: dict[str, Any]) -> None:
         """A finished optimizer step: one row of metrics.jsonl."""
@@ -59,32 +56,22 @@ class Display:
 
     def _table(self) -> Table:
         table = Table.grid(padding=(0, 2))
-        step = self.row.get("step", 0)
-        table.add_row(
-            f"[bold]{self.phase}[/] {self.detail}", f"step {step}/{self.steps}", _summary(self.row), self._left()
-        )
+        step = f"step {self.row.get('step', 0)}/{self.steps}"
+        table.add_row(f"[bold]{self.phase}[/] {self.detail}", step, _summary(self.row), self._left())
         return table
 
     def _left(self) -> str:
         """Time left, once a whole window has been seen: its first step waited for all of the window's groups."""
-        step = self.row.get("step", 0)
-        seen = len(self.step_seconds)
-        if seen < min(self.window, self.steps):
+        if len(self.step_seconds) < min(self.window, self.steps):
             return ""
         recent = self.step_seconds[-self.window :]
-        seconds = sum(recent) / len(recent) * (self.steps - step)
+        seconds = sum(recent) / len(recent) * (self.steps - self.row.get("step", 0))
         return f"{seconds / 60:.1f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
 
 
 def _summary(row: dict[str, Any]) -> str:
-    def number(key: str, form: str) -> str:
-        return form % row[key] if row.get(key) is not None else "-"
-
-    parts = [
-        f"reward {number('reward_mean', '%.3f')}",
-        f"loss {number('loss', '%.4f')}",
-        f"lag {number('lag_mean', '%.0f')}",
-    ]
+    forms = {"reward_mean": "reward %.3f", "loss": "loss %.4f", "lag_mean": "lag %.0f"}
+    parts = [form % row[k] if row.get(k) is not None else f"{form.split()[0]} -" for k, form in forms.items()]
     seconds = row.get("seconds_total")
     if seconds and row.get("tokens_trained") is not None:
         parts.append(f"{row['tokens_trained'] / seconds:.0f} tokens/s")
