@@ -28,7 +28,6 @@ from oapl_engine.rewards.verdict import check_verifier
 from oapl_engine.samples import Group, Prompt, group_key, rollout_of
 from oapl_engine.scheduler import events as e
 from oapl_engine.trainer.model import published_weights
-from oapl_engine.trainer.score import score
 from oapl_engine.weights.attest import TOLERANCE, Golden, WeightMismatch
 from oapl_engine.weights.publish import Publisher
 from oapl_engine.weights.transports import Buckets, check_transport, make_buckets
@@ -212,10 +211,7 @@ class Generator:
     def _probe_logprobs(self, probe: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
         """The trainer's log-probs [len - 1] of each sequence at temperature 1."""
         groups = [_as_group(i, np.asarray(ids, np.int32)) for i, ids in enumerate(probe)]
-        r = self.recipe.train
-        logprobs = score(
-            self.learner.policy, groups, temperature=1.0, token_budget=r.token_budget, share_prompts=r.share_prompts
-        )
+        logprobs = self.learner.score(groups, 1.0)
         return [logprobs[f"probe.{i}.0"] for i in range(len(groups))]
 
     def close(self) -> None:

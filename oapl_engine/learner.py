@@ -29,7 +29,7 @@ from oapl_engine.trainer.offload import move_trainer
 from oapl_engine.trainer.optimizer import learning_rate, make_optimizer
 from oapl_engine.trainer.ranks import ALONE, Ranks
 from oapl_engine.trainer.rollout_files import Limits, read_rollouts
-from oapl_engine.trainer.score import score, scored_as
+from oapl_engine.trainer.score import LogProbs, score, scored_as
 from oapl_engine.trainer.step import StepResult, train_step
 
 
@@ -89,7 +89,7 @@ class Learner:
     recorded_rewards: Mapping[str, NDArray[np.float64]] | None = None
     published: dict[str, float | None] = field(default_factory=dict)
     reference: Policy | None = None
-    behavior: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    behavior: LogProbs = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.log, self.journal)
@@ -250,7 +250,12 @@ class Learner:
             )
         return e.CheckpointDone(command.step)
 
-    def _recomputed(self) -> dict[str, NDArray[np.float32]]:
+    def score(self, groups: Sequence[Group], temperature: float) -> LogProbs:
+        """Log-probs of rollouts under the policy as it is (trainer.score)."""
+        budget, share = self.recipe.train.token_budget, self.recipe.train.share_prompts
+        return score(self.policy, groups, temperature=temperature, token_budget=budget, share_prompts=share)
+
+    def _recomputed(self) -> LogProbs:
         """Log-probs of all waiting rollouts under π_vllm, kept on disk: after the first step π is no longer π_vllm."""
         published = max((step for _, step in self.journal.versions()), default=0)
         path = self.run_dir / "behavior" / f"step_{published:06d}{self.ranks.suffix}.npz"
@@ -264,15 +269,8 @@ class Learner:
             )
         used = self.journal.uses()
         groups = [g for g in map(self.log.group, self.log.group_keys()) if not any(r.key in used for r in g.rollouts)]
-        r = self.recipe
         self.display.show_phase("rescore", f"{len(groups)} groups")
-        logprobs = score(
-            self.policy,
-            groups,
-            temperature=r.sampling.temperature,
-            token_budget=r.train.token_budget,
-            share_prompts=r.train.share_prompts,
-        )
+        logprobs = self.score(groups, self.recipe.sampling.temperature)
         path.parent.mkdir(exist_ok=True)
         np.savez(path.with_suffix(".tmp.npz"), **logprobs)  # type: ignore[arg-type]
         path.with_suffix(".tmp.npz").rename(path)

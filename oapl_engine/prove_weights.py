@@ -48,7 +48,7 @@ class _Answers:
     def __init__(self, folder: str, scratch: Path, update: Any = None) -> None:
         options = EngineOptions(folder, max_model_len=PROMPT_TOKENS + NEW_TOKENS, kv_cache_mb=256)
         with start_engine(options, scratch / "engine.log") as engine:
-            collector = Collector(engine.client, _no_verdict, lambda group: None)
+            collector = Collector(engine.client)
             if update:
                 update(lambda phase, payload: collector.call(engine.client.control(phase, payload)))
             reply = collector.call(engine.client.transfer("inspect", {}))
@@ -68,10 +68,6 @@ class _Answers:
             if mine != other:
                 return f"greedy response {number} of the live engine differs from a freshly loaded one"
         return None
-
-
-async def _no_verdict(prompt: Prompt, response: Any) -> Any:
-    raise NotImplementedError("greedy responses are compared, not scored")
 
 
 def _publish_perturbed(policy: Policy, control: Any) -> None:

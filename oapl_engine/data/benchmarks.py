@@ -66,6 +66,5 @@ def _local_rows(path: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
 def _final_answer(problem: Problem) -> Problem:
     """GSM8K writes the solution and then `#### 1,072`: what follows is the answer."""
     _, marker, answer = problem.record["answer"].rpartition("####")
-    return problem if not marker else dataclasses.replace(
-        problem, record=problem.record | {"answer": answer.strip().replace(",", "")}
-    )  # fmt: skip
+    record = problem.record | {"answer": answer.strip().replace(",", "")}
+    return dataclasses.replace(problem, record=record) if marker else problem

@@ -25,7 +25,12 @@ def jsonl_source(path: str, options: dict[str, Any]) -> Source:
 def parsed_lines(file: Path) -> list[tuple[str, int, dict[str, Any]]]:
     """(place, line number, object) of every line. Raises ConfigError, also where there is none."""
     _check_file(file)
-    rows = [(f"{file}, line {n}", n, _parse(line, f"{file}, line {n}")) for n, line in _lines(file)]
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"data.path = {file} cannot be read: {error.strerror}") from error
+    places = [(f"{file}, line {n}", n, line) for n, line in enumerate(lines, 1) if line.strip()]
+    rows = [(place, n, _parse(line, place)) for place, n, line in places]
     if not rows:
         raise ConfigError(f"data file {file} is empty: one JSON object a line with question and answer")
     return rows
@@ -80,14 +85,6 @@ def _check_file(file: Path) -> None:
         siblings = [p.name for p in file.parent.glob("*") if p.is_file()] if file.parent.is_dir() else []
         hint = f"; {nearest(file.name, siblings)}" if siblings else ""
         raise ConfigError(f"data.path = {file} does not exist{hint}")
-
-
-def _lines(file: Path) -> Iterable[tuple[int, bytes]]:
-    try:
-        with file.open("rb") as stream:
-            yield from ((n, line) for n, line in enumerate(stream, 1) if line.strip())
-    except OSError as error:
-        raise ConfigError(f"data.path = {file} cannot be read: {error.strerror}") from error
 
 
 def _parse(line: bytes, place: str) -> dict[str, Any]:

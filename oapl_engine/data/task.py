@@ -74,64 +74,46 @@ def open_source(data: Data) -> Source:
 
 def build_task(source: Source, data: Data, seed: int, render: Render) -> Task:
     """Task over a source: held-out problems first, then everything else in shuffled order."""
-    fit = _Fit(source.name, data, render, {})
-    held_out, texts, first = _held_out(source, data.held_out, fit)
-    train = _all_training_prompts if source.finite else _training_prompts_on_demand
-    size, at = train(source, first, texts, fit)
+    dropped: dict[str, int] = {}
 
-    def prompt(position: int) -> Prompt:
-        return at(int(_order(seed, position // size, size)[position % size]))
-
-    return Task(source.name, size, held_out, source.verifier, source.verifier_options, fit.dropped, prompt)
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """Renders problems; those over data.max_prompt_tokens give None and are listed in `dropped`."""
-
-    name: str
-    data: Data
-    render: Render
-    dropped: dict[str, int]
-
-    def __call__(self, problem: Problem) -> Prompt | None:
-        ids = self.render(problem.question)
-        if len(ids) <= self.data.max_prompt_tokens:
-            return Prompt(problem.id, ids, self.name, problem.record)
-        self.dropped[problem.id] = len(ids)
+    def fit(problem: Problem) -> Prompt | None:
+        ids = render(problem.question)
+        if len(ids) <= data.max_prompt_tokens:
+            return Prompt(problem.id, ids, source.name, problem.record)
+        dropped[problem.id] = len(ids)
         return None
 
-    def nothing_left(self) -> ConfigError:
-        longest = f" ({len(self.dropped)} dropped, up to {max(self.dropped.values())} tokens)" if self.dropped else ""
-        return ConfigError(
-            f"{self.name}: no problem left to train on with data.held_out = {self.data.held_out} and "
-            f"data.max_prompt_tokens = {self.data.max_prompt_tokens}{longest}; lower held_out, raise max_prompt_tokens "
-            "or choose a larger task"
-        )
+    held_out, texts, first = _held_out(source, data.held_out, fit)
 
+    def trained(number: int) -> Prompt | None:
+        problem = source.problem(number)
+        return None if problem.question in texts else fit(problem)
 
-def _all_training_prompts(source: Source, first: int, held: set[str], fit: _Fit) -> tuple[int, Callable[[int], Prompt]]:
-    problems = [p for p in map(source.problem, range(first, source.size)) if p.question not in held]
-    kept = [prompt for prompt in map(fit, problems) if prompt]
-    if not kept:
-        raise fit.nothing_left()
-    return len(kept), kept.__getitem__
+    kept = [prompt for prompt in map(trained, range(first, source.size)) if prompt] if source.finite else []
+    size = len(kept) if source.finite else source.size - first
+    if not size:
+        raise _nothing_left(source.name, data, dropped)
 
-
-def _training_prompts_on_demand(
-    source: Source, first: int, held: set[str], fit: _Fit
-) -> tuple[int, Callable[[int], Prompt]]:
-    size = source.size - first
-
-    def at(index: int) -> Prompt:
+    def generated(index: int) -> Prompt:
         # a spare problem keeps prompt ids unique within an epoch, which drawing again would not
         for bank in range(SPARE_BANKS):
-            problem = source.problem(first + index + bank * size)
-            if problem.question not in held and (prompt := fit(problem)):
+            if prompt := trained(first + index + bank * size):
                 return prompt
-        raise fit.nothing_left()
+        raise _nothing_left(source.name, data, dropped)
 
-    return size, at
+    def prompt(position: int) -> Prompt:
+        index = int(_order(seed, position // size, size)[position % size])
+        return kept[index] if source.finite else generated(index)
+
+    return Task(source.name, size, held_out, source.verifier, source.verifier_options, dropped, prompt)
+
+
+def _nothing_left(name: str, data: Data, dropped: dict[str, int]) -> ConfigError:
+    longest = f" ({len(dropped)} dropped, up to {max(dropped.values())} tokens)" if dropped else ""
+    return ConfigError(
+        f"{name}: no problem left to train on with data.held_out = {data.held_out} and data.max_prompt_tokens = "
+        f"{data.max_prompt_tokens}{longest}; lower held_out, raise max_prompt_tokens or choose a larger task"
+    )
 
 
 @functools.lru_cache(maxsize=4)
@@ -139,7 +121,9 @@ def _order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 
-def _held_out(source: Source, wanted: int, fit: _Fit) -> tuple[tuple[Prompt, ...], set[str], int]:
+def _held_out(
+    source: Source, wanted: int, fit: Callable[[Problem], Prompt | None]
+) -> tuple[tuple[Prompt, ...], set[str], int]:
     """The first `wanted` distinct questions that fit, their texts, and the number after the last one looked at."""
     prompts: list[Prompt] = []
     texts: set[str] = set()

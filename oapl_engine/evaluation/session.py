@@ -177,7 +177,7 @@ def _generate(
         VerifierPool(r.workers, r.timeout_seconds, r.memory_mb) as pool,
         start_engine(options, out / "engine.log") as e,
     ):
-        collector = Collector(e.client, _no_groups, lambda group: None)
+        collector = Collector(e.client)
 
         def generate(prompts: Sequence[Prompt], n: int, _: float) -> list[list[list[int]]]:
             found = collector.generate_many(prompts, n, sampling)
@@ -195,7 +195,3 @@ def _generate(
                 say(f"{target.label}: {start + len(chunk)} of {len(prompts)} problems")
         finally:
             collector.close()
-
-
-async def _no_groups(*_: object) -> Verdict:
-    raise AssertionError("evaluation submits no groups")

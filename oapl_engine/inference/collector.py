@@ -26,20 +26,20 @@ class Collector:
 
     verify(prompt, response_token_ids [R] i32) runs in the collector's loop; on_group(group) is called on its thread and
     must be thread-safe and quick. What goes wrong in either goes to on_failure(error), on that thread too, and is
-    raised by the next submit, call or close.
+    raised by the next submit, call or close. Who submits no groups needs neither.
     Sample by sample: aborted samples get status "aborted", those of an engine that died "lost", neither is verified.
     """
 
     def __init__(
         self,
         client: EngineClient,
-        verify: Verify,
-        on_group: Callable[[Group], None],
+        verify: Verify | None = None,
+        on_group: Callable[[Group], None] | None = None,
         on_failure: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
         self.client = client
-        self._verify = verify
-        self._on_group = on_group
+        self._verify: Any = verify
+        self._on_group: Any = on_group
         self._on_failure = on_failure
         self._failure: BaseException | None = None
         self._tasks: set[asyncio.Task[None]] = set()
