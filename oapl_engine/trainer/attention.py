@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from oapl_engine.config import ConfigError
 from oapl_engine.samples import PromptSpan
 
 NAME = "oapl_packed"
@@ -107,12 +108,12 @@ def _pieces(spans: Sequence[PromptSpan]) -> list[Piece]:
 
 
 def attention_kernel(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Kernel for `model.attention` on this device: "flash", torch's "varlen", or "sdpa". Raises ValueError."""
+    """Kernel for `model.attention` on this device: "flash", torch's "varlen", or "sdpa". Raises ConfigError."""
     half_on_cuda = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     installed = importlib.util.find_spec("flash_attn") is not None
     if requested == "flash" and not (half_on_cuda and installed):
         lack = "flash-attn is not installed" if half_on_cuda else f"flash-attn cannot run on {device.type} in {dtype}"
-        raise ValueError(f'model.attention = "flash": {lack}; use model.attention = "auto"')
+        raise ConfigError(f'model.attention = "flash": {lack}; use model.attention = "auto"')
     if requested == "sdpa" or not half_on_cuda:
         return "sdpa"
     return "flash" if installed else "varlen"

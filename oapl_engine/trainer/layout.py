@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oapl_engine.samples import Batch, Prompt, Rollout, rollout_of
-from oapl_engine.trainer.packing import Item, pack
+from oapl_engine.samples import Prompt, Rollout, rollout_of
+from oapl_engine.trainer.packing import Item
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,6 @@ def layout_rule(config: object) -> str | None:
     if getattr(config, "alibi", False):
         return "ALiBi depends on the distance between rows"
     return None
-
-
-def make_batches(items: list[Item], layout: Layout, token_budget: int, share_prompts: bool) -> list[Batch]:
-    """`pack` within what the layout allows."""
-    return pack(items, token_budget if layout.together else 1, share_prompts and layout.share)
 
 
 def probe_items(vocabulary: int) -> list[Item]:

@@ -21,8 +21,8 @@ from oapl_engine.config import ConfigError
 from oapl_engine.samples import Batch
 from oapl_engine.trainer import attention
 from oapl_engine.trainer.head import Head, head_of, row_logprob
-from oapl_engine.trainer.layout import LAYOUTS, Layout, layout_rule, make_batches, own_logprob, probe_items
-from oapl_engine.trainer.packing import Item
+from oapl_engine.trainer.layout import LAYOUTS, Layout, layout_rule, own_logprob, probe_items
+from oapl_engine.trainer.packing import Item, pack
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -58,7 +58,9 @@ class Policy:
 
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states [T, D] after the last norm. Raises RuntimeError if the rows would be read wrongly."""
-        extra = {"attention_plan": self._plan(batch)} if self.layout.together else self._no_plan(batch)
+        if not self.layout.together and len(batch.keys) != 1:
+            raise RuntimeError(f"{len(batch.keys)} sequences in a batch, but {self.layout.reason}: pack one by one")
+        extra = {"attention_plan": self._plan(batch)} if self.layout.together else {}
         token_ids = torch.from_numpy(batch.token_ids).to(self.device)[None]
         positions = torch.from_numpy(batch.positions).to(self.device)[None]
         with self.precision():
@@ -74,16 +76,10 @@ class Policy:
                 )
         return attention.plan_attention(batch.prompts, self.device, self.kernel)
 
-    def _no_plan(self, batch: Batch) -> dict[str, object]:
-        if len(batch.keys) != 1:
-            raise RuntimeError(
-                f"{len(batch.keys)} sequences in a batch, but {self.layout.reason}: pack them one by one"
-            )
-        return {}
-
     def batches(self, items: list[Item], token_budget: int, share_prompts: bool) -> list[Batch]:
         """Packed micro-batches in a layout that this model computes exactly."""
-        return make_batches(items, self.layout, token_budget, share_prompts)
+        budget = token_budget if self.layout.together else 1
+        return pack(items, budget, share_prompts and self.layout.share)
 
     def logprob(self, batch: Batch, temperature: float) -> Tensor:
         """Log-probs [R] of the batch's scored rows, f32."""
@@ -103,14 +99,10 @@ def load_policy(model: config.Model, train: config.Train, device: torch.device |
     """
     device = device or default_device()
     matmul_dtype = _matmul_dtype(model, train, device)
-    try:
-        kernel = attention.attention_kernel(model.attention, device, matmul_dtype)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    kernel = attention.attention_kernel(model.attention, device, matmul_dtype)
     network = _load_network(model)
     tokenizer = load_tokenizer(model.path)
-    _check_vocabulary(network, tokenizer, model.path)
-    _check_finite(network, model.path)
+    _check_weights(network, len(tokenizer), model.path)
     if model.lora_rank:
         network = _add_lora(network, model.lora_rank)
     policy = Policy(network.to(device).eval(), tokenizer, device, matmul_dtype, kernel)
@@ -139,22 +131,25 @@ def _matmul_dtype(model: config.Model, train: config.Train, device: torch.device
     return torch.bfloat16 if train.precision == "bfloat16" or (train.precision == "auto" and able) else torch.float32
 
 
+def _refused(path: str, why: str) -> ConfigError:
+    return ConfigError(f'model.path = "{path}"{why}')
+
+
 def _load_network(model: config.Model) -> PreTrainedModel:
-    settings = _load_config(model.path)
-    _check_architecture(settings, model.path)
-    _check_files(Path(model.path))
+    path = model.path
+    settings = _load_config(path)
+    _check_architecture(settings, path)
+    _check_files(Path(path))
     try:
         with quiet():
             network, info = AutoModelForCausalLM.from_pretrained(
-                model.path, dtype=DTYPES[model.dtype], output_loading_info=True
+                path, dtype=DTYPES[model.dtype], output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f'model.path = "{model.path}" cannot be loaded: {error}') from error
+        raise _refused(path, f" cannot be loaded: {error}") from error
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ConfigError(
-            f'model.path = "{model.path}" lacks {len(missing)} weights, among them {missing[0]}: incomplete'
-        )
+        raise _refused(path, f" lacks {len(missing)} weights, among them {missing[0]}: incomplete")
     network.config.use_cache = False
     for parameter in network.parameters():
         # Memory mapped from a file is aligned at random, and a matmul's last bits depend on alignment.
@@ -165,24 +160,22 @@ def _load_network(model: config.Model) -> PreTrainedModel:
 def _load_config(path: str) -> Any:
     local = Path(path)
     if not local.exists() and (path.count("/") != 1 or path[0] in "./~"):
-        raise ConfigError(
-            f'model.path = "{path}" does not exist: name a folder with config.json, or a hub name org/model'
-        )
+        raise _refused(path, " does not exist: name a folder with config.json, or a hub name org/model")
     if local.is_dir() and not (local / "config.json").exists():
-        raise ConfigError(f'model.path = "{path}" has no config.json: name a folder in Hugging Face layout')
+        raise _refused(path, " has no config.json: name a folder in Hugging Face layout")
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f'model.path = "{path}" cannot be loaded: {error}') from error
+        raise _refused(path, f" cannot be loaded: {error}") from error
 
 
 def _check_architecture(settings: Any, path: str) -> None:
     if settings.model_type not in CAUSAL_LMS:
-        raise ConfigError(f'model.path = "{path}": {settings.model_type} is not a causal LM in transformers')
+        raise _refused(path, f": {settings.model_type} is not a causal LM in transformers")
     known = {name for names in CAUSAL_LMS.values() for name in ((names,) if isinstance(names, str) else names)}
     named = settings.architectures or []
     if named and not known & set(named):
-        raise ConfigError(f'model.path = "{path}" holds {named[0]}, not a causal LM: name a …ForCausalLM model')
+        raise _refused(path, f" holds {named[0]}, not a causal LM: name a …ForCausalLM model")
 
 
 def _check_files(path: Path) -> None:
@@ -211,24 +204,20 @@ def load_tokenizer(path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f'model.path = "{path}" has no tokenizer: add tokenizer.json and tokenizer_config.json'
-        ) from error
+        raise _refused(path, " has no tokenizer: add tokenizer.json and tokenizer_config.json") from error
 
 
-def _check_vocabulary(network: PreTrainedModel, tokenizer: Any, path: str) -> None:
+def _check_weights(network: PreTrainedModel, tokens: int, path: str) -> None:
     rows = len(network.get_output_embeddings().weight)
-    if len(tokenizer) > rows:
-        raise ConfigError(
-            f'model.path = "{path}": the tokenizer has {len(tokenizer)} tokens but the head only {rows} rows; use the '
-            "model's own tokenizer, or resize the model's embeddings"
+    if tokens > rows:
+        raise _refused(
+            path,
+            f": the tokenizer has {tokens} tokens but the head only {rows} rows; use the model's own tokenizer, or "
+            "resize the model's embeddings",
         )
-
-
-def _check_finite(network: PreTrainedModel, path: str) -> None:
     for name, parameter in network.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise ConfigError(f'model.path = "{path}": weight {name} holds NaN or Inf; fetch or train the model again')
+            raise _refused(path, f": weight {name} holds NaN or Inf; fetch or train the model again")
 
 
 def _add_lora(network: PreTrainedModel, rank: int) -> PreTrainedModel:
