@@ -63,7 +63,15 @@ class Collector:
 
     def generate_many(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[list[Sample]]:
         """n samples of every prompt, in order of prompt and sample index. For evaluation. Raises EngineLost."""
-        return self.call(self._generate_many(prompts, n, sampling))
+
+        async def of(prompt: Prompt) -> list[Sample]:
+            samples = [s async for s in self.client.generate(prompt.token_ids, n, sampling)]
+            return sorted(samples, key=lambda s: s.index)
+
+        async def of_all() -> list[list[Sample]]:
+            return await asyncio.gather(*map(of, prompts))
+
+        return self.call(of_all())
 
     def close(self) -> None:
         """Drop what is in flight and end the thread."""
@@ -139,10 +147,3 @@ class Collector:
         elif verdict.status == "scored":
             return dataclasses.replace(rollout, status="scored", reward=float(reward), reward_detail=detail)
         return dataclasses.replace(rollout, status="invalid", reward_detail=detail)
-
-    async def _generate_many(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[list[Sample]]:
-        return list(await asyncio.gather(*(self._generate(p, n, sampling) for p in prompts)))
-
-    async def _generate(self, prompt: Prompt, n: int, sampling: Sampling) -> list[Sample]:
-        samples = [s async for s in self.client.generate(prompt.token_ids, n, sampling)]
-        return sorted(samples, key=lambda s: s.index)
