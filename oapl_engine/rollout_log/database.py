@@ -1,6 +1,8 @@
 """SQLite opened the durable way: WAL where the file system is local, a rollback journal on network file systems."""
 
 import sqlite3
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from oapl_engine.config import RunError
@@ -12,21 +14,39 @@ class LogDamaged(RunError):
     """A stored row or file does not match its checksum, or is no database."""
 
 
-def open_database(path: Path, schema: str) -> sqlite3.Connection:
-    """Connection with `schema` applied; every commit is on disk when it returns (synchronous=FULL)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-    try:
-        if file_system(path) in NETWORK:
-            connection.execute("PRAGMA locking_mode=EXCLUSIVE")
-            connection.execute("PRAGMA journal_mode=DELETE")
-        else:
-            connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
-        connection.executescript(schema)
-    except sqlite3.DatabaseError as error:
-        raise LogDamaged(f"{path}: {error}; move the file away to start anew, or restore it from a copy") from error
-    return connection
+class Database:
+    """A file with `schema` applied; what was committed is on disk (synchronous=FULL). Safe to use from several threads,
+    one writer at a time. Raises LogDamaged where the file is no database."""
+
+    def __init__(self, path: Path, schema: str):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        try:
+            if file_system(path) in NETWORK:
+                self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+                self._db.execute("PRAGMA journal_mode=DELETE")
+            else:
+                self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.executescript(schema)
+        except sqlite3.DatabaseError as error:
+            raise LogDamaged(f"{path}: {error}; move the file away to start anew, or restore it from a copy") from error
+
+    def rows(self, query: str, *values: object) -> list[tuple]:
+        with self._lock:
+            return self._db.execute(query, values).fetchall()
+
+    def write(self, *statements: tuple[str, Sequence[tuple]]) -> None:
+        """Each statement with each of its rows, in one transaction: all of it, or nothing."""
+        with self._lock, self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            for statement, rows in statements:
+                self._db.executemany(statement, rows)
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
 
 
 def file_system(path: Path) -> str:

@@ -1,11 +1,10 @@
 """The journal: the only truth about what was consumed and published. Insert only; a step is an intent, then done."""
 
 import json
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from oapl_engine.rollout_log.database import open_database
+from oapl_engine.rollout_log.database import Database
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS step(step INTEGER NOT NULL, version INTEGER NOT NULL, keys TEXT NOT NULL, rng TEXT NOT NULL,
@@ -29,86 +28,70 @@ class JournalStep:
     done: bool
 
 
-class Journal:
+class Journal(Database):
     """journal.sqlite of a run directory."""
 
     def __init__(self, path: str | Path):
-        self._lock = threading.Lock()
-        self._db = open_database(Path(path), SCHEMA)
+        super().__init__(Path(path), SCHEMA)
 
     def intent(self, step: int, version: int, groups: tuple[str, ...], rng: str) -> None:
         """Before the weights change: this step will train these groups. A replayed step keeps its first row."""
-        self._write(STEP, [(step, version, json.dumps(groups), rng, "intent")])
+        self.write((STEP, [(step, version, json.dumps(groups), rng, "intent")]))
 
     def done(self, step: int, version: int, groups: tuple[str, ...], used: list[str]) -> None:
         """After the weights changed; `used` are the rollout keys that took part in the loss."""
-        with self._lock, self._db:
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.execute(STEP, (step, version, json.dumps(groups), "", "done"))
-            self._db.executemany('INSERT OR IGNORE INTO "use" VALUES (?, ?)', [(key, step) for key in used])
+        row = (step, version, json.dumps(groups), "", "done")
+        self.write((STEP, [row]), ('INSERT OR IGNORE INTO "use" VALUES (?, ?)', [(key, step) for key in used]))
 
     def published(self, version: int, step: int, weight_hash: str, incarnation: int) -> None:
-        self._write("INSERT INTO published VALUES (?, ?, ?, ?)", [(version, step, weight_hash, incarnation)])
+        self.write(("INSERT INTO published VALUES (?, ?, ?, ?)", [(version, step, weight_hash, incarnation)]))
 
     def dispose(self, columns: dict[str, str]) -> None:
         """Key of a rollout that will never be trained to the column where its tokens end."""
-        self._write("INSERT OR IGNORE INTO disposition VALUES (?, ?)", list(columns.items()))
+        self.write(("INSERT OR IGNORE INTO disposition VALUES (?, ?)", list(columns.items())))
 
     def count_tokens(self, incarnation: int, column: str, n: int) -> None:
         """Tokens that an engine generated outside the log: evaluation; or its own total so far (column "engine")."""
-        self._write("INSERT INTO tokens VALUES (?, ?, ?)", [(incarnation, column, n)])
-
-    def _write(self, statement: str, rows: list[tuple]) -> None:
-        with self._lock, self._db:  # committed, or rolled back where it fails
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany(statement, rows)
-
-    def _rows(self, query: str, *values: object) -> list[tuple]:
-        with self._lock:
-            return self._db.execute(query, values).fetchall()
+        self.write(("INSERT INTO tokens VALUES (?, ?, ?)", [(incarnation, column, n)]))
 
     def steps(self) -> list[JournalStep]:
         """Every step that was begun, in order."""
         query = "SELECT step, version, keys, max(state = 'done') FROM step GROUP BY step ORDER BY step"
-        return [JournalStep(s, v, tuple(json.loads(k)), bool(d)) for s, v, k, d in self._rows(query)]
+        return [JournalStep(s, v, tuple(json.loads(k)), bool(d)) for s, v, k, d in self.rows(query)]
 
     def versions(self) -> list[tuple[int, int]]:
         """(version, step) of every publish."""
-        return self._rows("SELECT version, step FROM published ORDER BY version")
+        return self.rows("SELECT version, step FROM published ORDER BY version")
 
     def incarnations(self) -> int:
         """Engine incarnations that this run has published to or counted."""
         query = "SELECT max(i) FROM (SELECT incarnation i FROM published UNION SELECT incarnation FROM tokens)"
-        return (self._rows(query)[0][0] or 0) + 1
+        return (self.rows(query)[0][0] or 0) + 1
 
     def uses(self) -> dict[str, list[int]]:
         """Rollout key → the steps that trained on it."""
         steps: dict[str, list[int]] = {}
-        for key, step in self._rows('SELECT key, step FROM "use" ORDER BY step'):
+        for key, step in self.rows('SELECT key, step FROM "use" ORDER BY step'):
             steps.setdefault(key, []).append(step)
         return steps
 
     def used_since(self, row: int) -> tuple[list[str], int]:
         """Keys of the rollouts trained after row number `row` of the uses, and the last row's number."""
-        rows = self._rows('SELECT key, rowid FROM "use" WHERE rowid > ? ORDER BY rowid', row)
+        rows = self.rows('SELECT key, rowid FROM "use" WHERE rowid > ? ORDER BY rowid', row)
         return [key for key, _ in rows], rows[-1][1] if rows else row
 
     def disposed_since(self, row: int) -> tuple[list[tuple[str, str]], int]:
         """(key, column) of what was disposed of after row number `row`, and the last row's number."""
-        rows = self._rows('SELECT key, "column", rowid FROM disposition WHERE rowid > ? ORDER BY rowid', row)
+        rows = self.rows('SELECT key, "column", rowid FROM disposition WHERE rowid > ? ORDER BY rowid', row)
         return [r[:2] for r in rows], rows[-1][2] if rows else row
 
     def dispositions(self) -> dict[str, str]:
         return dict(self.disposed_since(0)[0])
 
     def evaluation_tokens(self) -> int:
-        return self._rows("SELECT sum(n) FROM tokens WHERE \"column\" = 'evaluation'")[0][0] or 0
+        return self.rows("SELECT sum(n) FROM tokens WHERE \"column\" = 'evaluation'")[0][0] or 0
 
     def engine_tokens(self) -> int | None:
         """What the engines of all incarnations said last that they had generated; None without an engine."""
         query = "SELECT sum(n) FROM (SELECT max(n) n FROM tokens WHERE \"column\" = 'engine' GROUP BY incarnation)"
-        return self._rows(query)[0][0]
-
-    def close(self) -> None:
-        with self._lock:
-            self._db.close()
+        return self.rows(query)[0][0]

@@ -2,7 +2,6 @@
 
 import json
 import sqlite3
-import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from oapl_engine.rollout_log.database import LogDamaged, open_database
+from oapl_engine.rollout_log.database import Database, LogDamaged
 from oapl_engine.samples import Group, Prompt, Rollout, Span
 
 SCHEMA = """
@@ -24,6 +23,7 @@ CREATE TABLE IF NOT EXISTS rollout(
     finish TEXT NOT NULL, status TEXT NOT NULL, reward REAL, reward_detail TEXT NOT NULL,
     started_ns INTEGER NOT NULL, finished_ns INTEGER NOT NULL, crc32 INTEGER NOT NULL);
 CREATE INDEX IF NOT EXISTS rollout_group ON rollout("group", sample);
+INSERT OR IGNORE INTO meta VALUES ('schema', '1');
 """
 COLUMNS = (
     'key, prompt_id, "group", sample, task, version_first, version_last, prompt_length, token_ids, loss_mask, '
@@ -31,14 +31,12 @@ COLUMNS = (
 )
 
 
-class RolloutLog:
-    """One rank's rollouts. Safe to use from several threads; one writer at a time."""
+class RolloutLog(Database):
+    """One rank's rollouts."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._lock = threading.Lock()
-        self._db = open_database(self.path, SCHEMA)
-        self._db.execute("INSERT OR IGNORE INTO meta VALUES ('schema', '1')")
+        super().__init__(self.path, SCHEMA)
 
     def append(self, group: Group) -> None:
         """Store a group; on return it is on disk. A key that is already stored raises ValueError."""
@@ -46,20 +44,18 @@ class RolloutLog:
         prompt = (p.id, p.task, _blob(p.token_ids, "<i4"), json.dumps(p.record))
         rows = [_to_row(r) for r in group.rollouts]
         try:
-            with self._lock, self._db:  # committed, or rolled back where it fails
-                self._db.execute("BEGIN IMMEDIATE")
-                self._db.execute("INSERT OR IGNORE INTO prompt VALUES (?, ?, ?, ?)", prompt)
-                self._db.executemany(f"INSERT INTO rollout VALUES ({', '.join('?' * 19)})", rows)
+            insert = f"INSERT INTO rollout VALUES ({', '.join('?' * 19)})"
+            self.write(("INSERT OR IGNORE INTO prompt VALUES (?, ?, ?, ?)", [prompt]), (insert, rows))
         except sqlite3.IntegrityError as error:
             raise ValueError(f"group {group.id} is in the log {self.path} already: {error}") from error
 
     def group(self, key: str) -> Group:
         """The stored group `key`. Raises KeyError if absent, LogDamaged if a row's checksum fails."""
-        rows = self._rows(f'SELECT {COLUMNS}, crc32 FROM rollout WHERE "group" = ? ORDER BY sample', key)
+        rows = self.rows(f'SELECT {COLUMNS}, crc32 FROM rollout WHERE "group" = ? ORDER BY sample', key)
         if not rows:
             raise KeyError(f"group {key} is not in {self.path}")
         rollouts = tuple(_from_row(row, self.path) for row in rows)
-        ((ids, task, record),) = self._rows("SELECT token_ids, task, record FROM prompt WHERE id = ?", rows[0][1])
+        ((ids, task, record),) = self.rows("SELECT token_ids, task, record FROM prompt WHERE id = ?", rows[0][1])
         prompt = Prompt(rows[0][1], np.frombuffer(ids, "<i4"), task, json.loads(record))
         return Group(key, prompt, rollouts, min(span.version for r in rollouts for span in r.spans or (Span(0, 0, 0),)))
 
@@ -68,7 +64,7 @@ class RolloutLog:
 
     def group_keys(self) -> list[str]:
         """Ids of all stored groups in the order of arrival."""
-        return [key for (key,) in self._rows('SELECT "group" FROM rollout GROUP BY "group" ORDER BY min(rowid)')]
+        return [key for (key,) in self.rows('SELECT "group" FROM rollout GROUP BY "group" ORDER BY min(rowid)')]
 
     def rollouts(self) -> Iterator[Rollout]:
         """Every stored rollout, in order of arrival."""
@@ -78,16 +74,8 @@ class RolloutLog:
     def tokens_since(self, row: int) -> tuple[list[tuple[str, str, int]], int]:
         """(key, status, response tokens) of the rollouts after row number `row`, and the last row's number."""
         columns = "key, status, length(token_ids) / 4 - prompt_length, rowid"
-        rows = self._rows(f"SELECT {columns} FROM rollout WHERE rowid > ? ORDER BY rowid", row)
+        rows = self.rows(f"SELECT {columns} FROM rollout WHERE rowid > ? ORDER BY rowid", row)
         return [r[:3] for r in rows], rows[-1][3] if rows else row
-
-    def _rows(self, query: str, *values: object) -> list[tuple]:
-        with self._lock:
-            return self._db.execute(query, values).fetchall()
-
-    def close(self) -> None:
-        with self._lock:
-            self._db.close()
 
 
 def _blob(array: Any, kind: str) -> bytes:
