@@ -153,7 +153,7 @@ def _eval(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     from oapl_engine.evaluation import session
     from oapl_engine.evaluation.evaluate import compare
-    from oapl_engine.report.pass_at_k import pass_at_k_table, plot_pass_at_k
+    from oapl_engine.report.figure import pass_at_k_table, plot_pass_at_k
 
     n = arguments.n
     try:

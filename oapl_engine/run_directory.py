@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import msgspec
 import tomli_w
 
 from oapl_engine.config import ConfigError, Recipe, load_recipe, to_toml
@@ -72,7 +71,7 @@ def resume_state(
     """
     own = {"steps": [(s.step, s.groups) for s in journal.steps()], "versions": journal.versions()}
     own["usable"] = _usable(log, journal)
-    everyone = [msgspec.msgpack.decode(report) for report in ranks.gather(msgspec.msgpack.encode(own))]
+    everyone = ranks.gather_plain(own)
     steps = [(number, tuple(groups)) for number, groups in everyone[0]["steps"]]
     versions = tuple((v, s) for v, s in everyone[0]["versions"])
     in_turn = [pair for turn in itertools.zip_longest(*(r["usable"] for r in everyone)) for pair in turn if pair]
