@@ -64,7 +64,7 @@ class _Deferred:
         device, dtype = head.weight.device, head.gradient_dtype
         self.hidden = scratch(length, hidden_size, dtype=dtype, device=device)
         self.rows: Tensor | None = None
-        self.sums: WeightGradient | None = None
+        self.sums: WeightGradient | None = None  # None: each token may have a coefficient of its own
         if main.weight is None and main.bias is None:
             return
         if length * dtype.itemsize <= hidden_size * head.dtype.itemsize:
@@ -179,14 +179,14 @@ class _SinglePass:
 
     def _sequence_piece(self, chunk: Chunk, sequence: slice, part: PolicyInputs, logits: Tensor, stats: Tensor) -> None:
         place = slice(chunk.start - sequence.start, chunk.end - sequence.start)
-        token_functions = self.functions[1:]
         if self.differentiate:
             if self.deferred is None:
                 length = sequence.stop - sequence.start
                 self.deferred = _Deferred(self.head, length, self.main, self.hidden.shape[1])
-            if token_functions or self.entropy_row is not None:
-                # What is known now (entropy, a KL penalty) needs gradient products of its own.
-                _, derivative = self._evaluate(token_functions, sequence, part)
+            at_once = self.functions[len(self._waiting()) :]
+            if at_once or self.entropy_row is not None:
+                # Not a multiple of the row that waits: gradient products of its own.
+                _, derivative = self._evaluate(at_once, sequence, part)
                 self._products(chunk, self._copy(logits), stats, torch.as_tensor(derivative)[place])
             elif self.hidden_gradient is not None:
                 self.hidden_gradient[chunk.start : chunk.end].zero_()
@@ -195,11 +195,17 @@ class _SinglePass:
             hidden = self.hidden[chunk.start : chunk.end]
             self.deferred.add(self.head, grad, hidden, place, self.hidden_gradient is not None)
         if chunk.end == sequence.stop:
-            self._close(sequence, part, token_functions)
+            self._close(sequence, part)
 
-    def _close(self, sequence: slice, part: PolicyInputs, token_functions: list[LossFunction]) -> None:
-        loss, derivative = self._evaluate([self.call.objective.fn], sequence, part)
-        self.loss += loss + self._evaluate(token_functions, sequence, part)[0]
+    def _waiting(self) -> list[LossFunction]:
+        """The terms of the loss whose derivatives are applied at the sequence's end. One per token, as a KL penalty's,
+        can be if rows wait; a sum over the tokens has room for one a sequence."""
+        return self.functions[:1] if self.deferred is not None and self.deferred.sums is not None else self.functions
+
+    def _close(self, sequence: slice, part: PolicyInputs) -> None:
+        waiting = self._waiting()
+        loss, derivative = self._evaluate(waiting, sequence, part)
+        self.loss += loss + self._evaluate(self.functions[len(waiting) :], sequence, part)[0]
         if derivative is None or self.deferred is None:
             return
         self.deferred.close(

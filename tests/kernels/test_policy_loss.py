@@ -251,6 +251,16 @@ def test_operations_are_the_fewest_possible(lengths, dtype, train_hidden, train_
     assert meter.flops == units * 128 * 16 * 64
 
 
+@pytest.mark.parametrize(("depth", "entropy", "units"), [(128, 0.0, 6), (16, 0.0, 10), (128, 0.01, 10)])
+def test_a_kl_penalty_on_a_deferred_sequence_costs_nothing_where_rows_wait(depth, entropy, units):
+    case = make_case(with_reference_kl(oapl(0.05), 0.1), [128], 0, torch.float32, depth=depth, vocabulary=64)
+    with Products() as meter:
+        call(
+            case, hidden=case.hidden.requires_grad_(), weight=case.weight.requires_grad_(), entropy_coefficient=entropy
+        )
+    assert meter.flops == units * 128 * depth * 64
+
+
 def test_no_gradient_products_under_no_grad():
     case = make_case(oapl(0.05), LENGTHS["long"], 0, torch.float32)
     untouched = torch.zeros_like(case.weight)
