@@ -5,7 +5,7 @@ same problems and none of them trains on one. A smaller data.held_out is the beg
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +44,6 @@ class Task:
 
     def epoch(self, position: int) -> int:
         return position // self.size
-
-    def prompts(self, position: int = 0) -> Iterator[Prompt]:
-        """Endless prompts from `position` on."""
-        while True:
-            yield self.prompt(position)
-            position += 1
 
 
 def load_task(data: Data, seed: int, tokenizer: Any) -> Task:

@@ -4,7 +4,7 @@ Each rule is one function of the rows of metrics.jsonl; its limits stand beside 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,7 @@ def diagnose(run_dir: Path) -> list[Finding]:
     if not rows or not (run_dir / "config.toml").exists():
         raise ConfigError(f"{run_dir} holds no run with a finished step: name a run directory")
     recipe = load_recipe(run_dir / "config.toml")
-    found = [rule(rows, recipe) for rule in RULES]
-    found.append(_unparsed(run_dir))
-    return [finding for finding in found if finding]
+    return [finding for rule in RULES for finding in rule(rows, recipe)] + list(_unparsed(run_dir))
 
 
 def _mean(rows: Rows, key: str) -> float:
@@ -56,72 +54,67 @@ def _quarters(rows: Rows, key: str) -> tuple[float, float]:
     return _mean(rows[:n], key), _mean(rows[-n:], key)
 
 
-def _gap(rows: Rows, recipe: Recipe) -> Finding | None:
+def _gap(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
     gap, limit = _mean(rows, "logprob_gap_mean"), GAP_LIMIT[recipe.model.dtype]
-    if not gap > limit:
-        return None
-    return Finding(
-        "engine and trainer disagree on log-probs",
-        f"logprob_gap_mean {gap:.3g} nats at equal weights; {recipe.model.dtype} should stay below {limit:g}",
-        "everything else is misread until this is explained: oapl doctor --weights MODEL_DIR, the same temperature and "
-        "dtype on both sides, no top_p or top_k",
-    )
+    if gap > limit:
+        yield Finding(
+            "engine and trainer disagree on log-probs",
+            f"logprob_gap_mean {gap:.3g} nats at equal weights; {recipe.model.dtype} should stay below {limit:g}",
+            "everything else is misread until this is explained: oapl doctor --weights MODEL_DIR, the same temperature "
+            "and dtype on both sides, no top_p or top_k",
+        )
 
 
-def _refused(rows: Rows, _: Recipe) -> Finding | None:
+def _refused(rows: Rows, _: Recipe) -> Iterator[Finding]:
     skipped = sum(row.get("loss") is None and (row.get("equal_group_share") or 0) < 1 for row in rows)
-    if skipped < 2:
-        return None
-    return Finding(
-        "steps are skipped for numbers that are not finite",
-        f"{skipped} of {len(rows)} steps have no loss",
-        "lower optimizer.learning_rate; see the lines `step … skipped` for what was NaN",
-    )
+    if skipped >= 2:
+        yield Finding(
+            "steps are skipped for numbers that are not finite",
+            f"{skipped} of {len(rows)} steps have no loss",
+            "lower optimizer.learning_rate; see the lines `step … skipped` for what was NaN",
+        )
 
 
-def _equal_groups(rows: Rows, _: Recipe) -> Finding | None:
+def _equal_groups(rows: Rows, _: Recipe) -> Iterator[Finding]:
     share, reward = _mean(rows, "equal_group_share"), _mean(rows, "reward_mean")
-    if not share > EQUAL_SHARE:
-        return None
-    kind = "too hard" if reward < 0.5 else "too easy"
-    return Finding(
-        f"almost all groups are all equal: the task is {kind}",
-        f"equal_group_share {share:.2f} (limit {EQUAL_SHARE}), reward {reward:.2f}",
-        'choose other problems, a larger schedule.group_size, or objective.equal_groups = "resample"',
-    )
+    if share > EQUAL_SHARE:
+        yield Finding(
+            f"almost all groups are all equal: the task is too {'hard' if reward < 0.5 else 'easy'}",
+            f"equal_group_share {share:.2f} (limit {EQUAL_SHARE}), reward {reward:.2f}",
+            'choose other problems, a larger schedule.group_size, or objective.equal_groups = "resample"',
+        )
 
 
-def _truncation(rows: Rows, recipe: Recipe) -> Finding | None:
+def _truncation(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
     share = _mean(rows, "truncated_share")
-    if not share > TRUNCATED_SHARE:
-        return None
-    return Finding(
-        "responses are cut off",
-        f"truncated_share {share:.2f} (limit {TRUNCATED_SHARE}) at sampling.max_new_tokens = "
-        f"{recipe.sampling.max_new_tokens}",
-        'raise sampling.max_new_tokens, or objective.overlong = "soft"; check that the stop token is the model\'s',
-    )
+    if share > TRUNCATED_SHARE:
+        most = recipe.sampling.max_new_tokens
+        yield Finding(
+            "responses are cut off",
+            f"truncated_share {share:.2f} (limit {TRUNCATED_SHARE}) at sampling.max_new_tokens = {most}",
+            'raise sampling.max_new_tokens, or objective.overlong = "soft"; check that the stop token is the model\'s',
+        )
 
 
-def _hot(rows: Rows, recipe: Recipe) -> Finding | None:
+def _hot(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
     kl = max((-row["log_ratio_mean"] for row in rows if row.get("log_ratio_mean") is not None), default=0.0)
     (reward_0, reward_1), (entropy_0, entropy_1) = _quarters(rows, "reward_mean"), _quarters(rows, "entropy")
     fell = reward_1 < 0.7 * reward_0
     collapsed = entropy_1 < 0.3 * entropy_0 and reward_1 < reward_0
-    if not (kl > HOT_NATS or fell or collapsed):
-        return None
-    return Finding(
-        "the learning rate is too hot",
-        f"KL(π_vllm‖π) up to {kl:.2g} nats a token (limit {HOT_NATS:g}); from the first to the last quarter reward "
-        f"{reward_0:.3f} → {reward_1:.3f}, entropy {entropy_0:.2f} → {entropy_1:.2f}",
-        f"halve optimizer.learning_rate = {recipe.optimizer.learning_rate:g}, or publish earlier with schedule.max_kl",
-    )
+    if kl > HOT_NATS or fell or collapsed:
+        rate = recipe.optimizer.learning_rate
+        yield Finding(
+            "the learning rate is too hot",
+            f"KL(π_vllm‖π) up to {kl:.2g} nats a token (limit {HOT_NATS:g}); from the first to the last quarter reward "
+            f"{reward_0:.3f} → {reward_1:.3f}, entropy {entropy_0:.2f} → {entropy_1:.2f}",
+            f"halve optimizer.learning_rate = {rate:g}, or publish earlier with schedule.max_kl",
+        )
 
 
-def _scale(rows: Rows, recipe: Recipe) -> Finding | None:
+def _scale(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
     """β2·Δ against A: Δ is a sum over the response, so β2 must fit its length (algorithm.md)."""
     if recipe.objective.name not in ("oapl", "kimi"):
-        return None
+        return
     late = [row for row in rows if row["lag_mean"] >= 0.5 * max(r["lag_mean"] for r in rows)]
     fresh = [row for row in rows if row["lag_mean"] <= 1 and row.get("loss")]
     asked = math.sqrt(_mean(fresh, "loss")) if fresh else math.nan  # with Δ = 0 the loss is the mean of A²
@@ -132,32 +125,30 @@ def _scale(rows: Rows, recipe: Recipe) -> Finding | None:
         f"response of {tokens:.0f} tokens"
     )
     if asked / beta2 > 3 * tokens:
-        return Finding(
+        yield Finding(
             "β2 is too small for this length: it only sets the slope, nothing holds π near π_vllm",
             evidence,
             "raise objective.beta2 (A/β2 of 5 to 10 nats a response worked), or objective.scale_free_nats = 5",
         )
-    if reached > 2 * asked:
-        return Finding(
+    elif reached > 2 * asked:
+        yield Finding(
             "β2 is too large: the pull back to π_vllm outweighs the advantage",
             evidence,
             "lower objective.beta2, or objective.scale_free_nats = 5",
         )
-    return None
 
 
-def _idle(rows: Rows, _: Recipe) -> Finding | None:
+def _idle(rows: Rows, _: Recipe) -> Iterator[Finding]:
     idle, total = sum(row["seconds_idle"] or 0 for row in rows[1:]), sum(row["seconds_total"] or 0 for row in rows[1:])
-    if not total or idle / total < IDLE_SHARE:
-        return None
-    return Finding(
-        "the trainer mostly waits",
-        f"{idle / total:.0%} of {total:.0f} s measured as nothing at all",
-        "python -m benchmarks scale says which mode and L fit this machine",
-    )
+    if total and idle / total >= IDLE_SHARE:
+        yield Finding(
+            "the trainer mostly waits",
+            f"{idle / total:.0%} of {total:.0f} s measured as nothing at all",
+            "python -m benchmarks scale says which mode and L fit this machine",
+        )
 
 
-def _unparsed(run_dir: Path) -> Finding | None:
+def _unparsed(run_dir: Path) -> Iterator[Finding]:
     """Responses in which the verifier found no answer at all."""
     seen = empty = 0
     for path in sorted((run_dir / "rollouts").glob("rank*.sqlite")):
@@ -165,15 +156,12 @@ def _unparsed(run_dir: Path) -> Finding | None:
             if rollout.status == "scored" and "answer" in rollout.reward_detail:
                 seen += 1
                 empty += not rollout.reward_detail["answer"]
-    if not seen or empty / seen < UNPARSED_SHARE:
-        return None
-    return Finding(
-        "the verifier finds no answer in many responses",
-        f"{empty} of {seen} scored responses have none (limit {UNPARSED_SHARE:.0%})",
-        "say in the prompt how to answer (data.template, data.system), or change reward.options.extract",
-    )
+    if seen and empty / seen >= UNPARSED_SHARE:
+        yield Finding(
+            "the verifier finds no answer in many responses",
+            f"{empty} of {seen} scored responses have none (limit {UNPARSED_SHARE:.0%})",
+            "say in the prompt how to answer (data.template, data.system), or change reward.options.extract",
+        )
 
 
-RULES: tuple[Callable[[Rows, Recipe], Finding | None], ...] = (
-    *(_gap, _refused, _equal_groups, _truncation, _hot, _scale, _idle),
-)
+RULES = (_gap, _refused, _equal_groups, _truncation, _hot, _scale, _idle)
