@@ -259,19 +259,17 @@ class Generator:
             return min([a.position for a in (*self.in_flight.values(), *self.retries)], default=self.position)
 
     def _next_attempt(self) -> Attempt:
+        incarnation = self.engine.options.incarnation
         with self.lock:
             if self.retries:
-                return replace(self.retries.pop(0), incarnation=self.engine.options.incarnation)
-        incarnation = self.engine.options.incarnation
+                return replace(self.retries.pop(0), incarnation=incarnation)
         while True:
-            if self.position % self.learner.ranks.world != self.rank:  # ranks take positions in turn
-                self.position += 1
+            position, self.position = self.position, self.position + 1
+            if position % self.learner.ranks.world != self.rank:  # ranks take positions in turn
                 continue
-            prompt = self.task.prompt(self.position)
-            attempt = Attempt(prompt, self.position, 0, incarnation)
-            self.position += 1
+            attempt = Attempt(self.task.prompt(position), position, 0, incarnation)
             # A resumed run meets prompts that were generated after the checkpoint; their groups are in the log.
-            if attempt.key(self.task.epoch(attempt.position)) not in self.logged:
+            if attempt.key(self.task.epoch(position)) not in self.logged:
                 return attempt
 
     def _sampling(self) -> Sampling:
@@ -297,15 +295,14 @@ class Generator:
             lost = any(r.status == "lost" for r in group.rollouts)
             if lost and attempt.attempt == 0:  # once: a prompt that kills engines must not kill them all
                 self.retries.append(Attempt(attempt.prompt, attempt.position, attempt.attempt + 1))
-        if lost:
-            if self.said_lost < attempt.incarnation == self.engine.options.incarnation:
-                self.said_lost = attempt.incarnation
-                self.inbox.put(e.EngineLost(self.rank))  # before the group: nobody must submit again yet
-            self.learner.journal.dispose(dict.fromkeys((r.key for r in scored), "lost"))
-            self.inbox.put(e.GroupInvalid(group.id, "its engine died"))
-        elif len(scored) < 2:
-            self.learner.journal.dispose(dict.fromkeys((r.key for r in scored), "dropped:group_too_small"))
-            self.inbox.put(e.GroupInvalid(group.id, f"{len(scored)} of {len(group.rollouts)} rollouts scored"))
+        if lost and self.said_lost < attempt.incarnation == self.engine.options.incarnation:
+            self.said_lost = attempt.incarnation
+            self.inbox.put(e.EngineLost(self.rank))  # before the group: nobody must submit again yet
+        if lost or len(scored) < 2:
+            column = "lost" if lost else "dropped:group_too_small"
+            why = "its engine died" if lost else f"{len(scored)} of {len(group.rollouts)} rollouts scored"
+            self.learner.journal.dispose(dict.fromkeys((r.key for r in scored), column))
+            self.inbox.put(e.GroupInvalid(group.id, why))
         else:
             self.deaths = 0
             tokens = sum(r.response_tokens for r in group.rollouts)
@@ -338,8 +335,7 @@ class Generator:
         learner.version = command.version
         learner.published = {"changed_share": report.changed_share}
         if report.gap:
-            gap = {"mean": report.gap.mean, "max": report.gap.max, "k3": report.gap.k3}
-            learner.published |= {f"logprob_gap_{name}": value for name, value in gap.items()}
+            learner.published |= {f"logprob_gap_{name}": getattr(report.gap, name) for name in ("mean", "max", "k3")}
         return e.Published(command.version)
 
     def evaluate(self, command: e.Evaluate) -> e.EvaluationDone | e.Interrupted | None:
@@ -350,12 +346,8 @@ class Generator:
         learner.display.show_phase("evaluate", f"{len(self.held_out)} problems x {recipe.evaluation.n}")
         try:
             with learner.stopwatch.measure("evaluate"):
-                result = evaluate(
-                    *(self.held_out, self._responses, self._verdicts, recipe.evaluation),
-                    step=command.step,
-                    version=learner.version,
-                    seed=recipe.run.seed,
-                )
+                about = {"step": command.step, "version": learner.version, "seed": recipe.run.seed}
+                result = evaluate(self.held_out, self._responses, self._verdicts, recipe.evaluation, **about)
         except EngineLost:
             return self._interrupted()
         append_evaluation(result, sorted({1, *recipe.evaluation.k}), learner.run_dir)
