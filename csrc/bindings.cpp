@@ -1,5 +1,6 @@
 // Python sees addresses as integers: the extension needs neither torch's headers nor its ABI.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
@@ -77,40 +78,25 @@ PYBIND11_MODULE(_cpu, module) {
       .value("bfloat16", oapl::Format::bfloat16)
       .value("float16", oapl::Format::float16);
 
-  const auto as_tuple = [](const oapl::Digest& digest) { return py::make_tuple(digest.h0, digest.h1, digest.infinite); };
-  module.def(
-      "checksum",
-      [=](Address bytes, int64_t count, oapl::Seeds seeds, int threads) {
-        oapl::Digest digest;
-        {
-          py::gil_scoped_release release;
-          digest = oapl::checksum(at<const unsigned char>(bytes), count, seeds, threads);
-        }
-        return as_tuple(digest);
-      },
-      py::arg("bytes"), py::arg("count"), py::arg("seeds"), py::arg("threads"));
+  py::class_<oapl::Bytes>(module, "Bytes").def(py::init([](Address at_address, int64_t count) {
+    return oapl::Bytes{at<const unsigned char>(at_address), count};
+  }));
+  py::class_<oapl::Cast>(module, "Cast")
+      .def(py::init([](Address source, oapl::Format from, Address payload, oapl::Format to, int64_t count) {
+        return oapl::Cast{at<const void>(source), from, at<void>(payload), to, count};
+      }));
+  py::class_<oapl::Copy>(module, "Copy").def(py::init([](Address source, Address destination, int64_t count, int bytes) {
+    return oapl::Copy{at<const void>(source), at<void>(destination), count, bytes};
+  }));
+  py::class_<oapl::Digest>(module, "Digest")
+      .def_readonly("h0", &oapl::Digest::h0)
+      .def_readonly("h1", &oapl::Digest::h1)
+      .def_readonly("infinite", &oapl::Digest::infinite);
 
-  module.def(
-      "pack",
-      [=](Address source, oapl::Format from, Address payload, oapl::Format to, int64_t count, oapl::Seeds seeds,
-          int threads) {
-        oapl::Digest digest;
-        {
-          py::gil_scoped_release release;
-          digest = oapl::pack(at<const void>(source), from, at<void>(payload), to, count, seeds, threads);
-        }
-        return as_tuple(digest);
-      },
-      py::arg("source"), py::arg("from"), py::arg("payload"), py::arg("to"), py::arg("count"), py::arg("seeds"),
-      py::arg("threads"));
-
-  module.def(
-      "copy_changed",
-      [](Address source, Address destination, int64_t count, int bytes, int threads) {
-        py::gil_scoped_release release;
-        return oapl::copy_changed(at<const void>(source), at<void>(destination), count, bytes, threads);
-      },
-      py::arg("source"), py::arg("destination"), py::arg("count"), py::arg("bytes"), py::arg("threads"));
+  const py::call_guard<py::gil_scoped_release> without_lock;
+  module.def("checksum", &oapl::checksum, py::arg("spans"), py::arg("seeds"), py::arg("threads"), without_lock);
+  module.def("pack", &oapl::pack, py::arg("casts"), py::arg("seeds"), py::arg("threads"), without_lock);
+  module.def("copy_changed", &oapl::copy_changed, py::arg("copies"), py::arg("threads"), without_lock);
 
   module.def("instruction_set", &oapl::instruction_set);
   module.def("select_instruction_set", [](const std::string& name) {

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <vector>
 
 #include "parallel.h"
 
@@ -107,44 +108,68 @@ struct Sums {
 };
 }  // namespace
 
-Digest checksum(const unsigned char* bytes, int64_t count, Seeds seeds, int threads) {
-  const int64_t words = count / 4;
-  Sums sums;
-  parallel((words + BLOCK - 1) / BLOCK, AT_A_TIME, threads, [&](int64_t block) {
+// work(task, block) for each block of BLOCK words of each task, `bytes(task)` long.
+template <typename Task, typename Size, typename Work>
+static void by_blocks(const std::vector<Task>& tasks, int threads, const Size& bytes, const Work& work) {
+  std::vector<int64_t> ends;
+  for (const Task& task : tasks)
+    ends.push_back((ends.empty() ? 0 : ends.back()) + (bytes(task) + 4 * BLOCK - 1) / (4 * BLOCK));
+  parallel(tasks.empty() ? 0 : ends.back(), AT_A_TIME, threads, [&](int64_t item) {
+    const size_t task = std::upper_bound(ends.begin(), ends.end(), item) - ends.begin();
+    work(task, item - (task ? ends[task - 1] : 0));
+  });
+}
+
+std::vector<Digest> checksum(const std::vector<Bytes>& spans, Seeds seeds, int threads) {
+  std::vector<Sums> sums(spans.size());
+  const auto size = [](const Bytes& span) { return span.count; };
+  by_blocks(spans, threads, size, [&](size_t task, int64_t block) {
+    const Bytes& span = spans[task];
     const int64_t begin = block * BLOCK;
-    sums.add(bytes + 4 * begin, std::min(BLOCK, words - begin), begin, seeds);
+    sums[task].add(span.at + 4 * begin, std::min(BLOCK, span.count / 4 - begin), begin, seeds);
   });
-  sums.add_rest(bytes, count, seeds);
-  return sums.digest();
+  std::vector<Digest> digests;
+  for (size_t task = 0; task < spans.size(); task++) {
+    sums[task].add_rest(spans[task].at, spans[task].count, seeds);
+    digests.push_back(sums[task].digest());
+  }
+  return digests;
 }
 
-Digest pack(const void* source, Format from, void* payload, Format to, int64_t count, Seeds seeds, int threads) {
-  const int64_t size = to == Format::float32 ? 4 : 2, a_block = BLOCK * 4 / size;
-  const auto* read = (const unsigned char*)source;
-  auto* written = (unsigned char*)payload;
-  Sums sums;
-  parallel((count + a_block - 1) / a_block, AT_A_TIME, threads, [&](int64_t block) {
-    const int64_t begin = block * a_block, values = std::min(a_block, count - begin);
-    unsigned char* place = written + begin * size;
-    if (from != to)
-      round_to_bf16((const uint32_t*)read + begin, (uint16_t*)place, values);
-    else if (read != written)
-      std::memcpy(place, read + begin * size, values * size);
-    sums.infinite += infinite_of(place, values, to);
-    sums.add(place, values * size / 4, begin * size / 4, seeds);
+static int64_t size_of(Format format) { return format == Format::float32 ? 4 : 2; }
+
+std::vector<Digest> pack(const std::vector<Cast>& casts, Seeds seeds, int threads) {
+  std::vector<Sums> sums(casts.size());
+  const auto bytes = [](const Cast& cast) { return cast.count * size_of(cast.to); };
+  by_blocks(casts, threads, bytes, [&](size_t task, int64_t block) {
+    const Cast& cast = casts[task];
+    const int64_t size = size_of(cast.to), begin = block * (4 * BLOCK / size);
+    const int64_t values = std::min(4 * BLOCK / size, cast.count - begin);
+    const auto* read = (const unsigned char*)cast.source + begin * size_of(cast.from);
+    auto* place = (unsigned char*)cast.payload + begin * size;
+    if (cast.from != cast.to)
+      round_to_bf16((const uint32_t*)read, (uint16_t*)place, values);
+    else if (read != place)
+      std::memcpy(place, read, values * size);
+    sums[task].infinite += infinite_of(place, values, cast.to);
+    sums[task].add(place, values * size / 4, block * BLOCK, seeds);
   });
-  sums.add_rest(written, count * size, seeds);
-  return sums.digest();
+  std::vector<Digest> digests;
+  for (size_t task = 0; task < casts.size(); task++) {
+    sums[task].add_rest((const unsigned char*)casts[task].payload, bytes(casts[task]), seeds);
+    digests.push_back(sums[task].digest());
+  }
+  return digests;
 }
 
-int64_t copy_changed(const void* source, void* destination, int64_t count, int bytes, int threads) {
-  const int64_t a_block = BLOCK * 4 / bytes;
+int64_t copy_changed(const std::vector<Copy>& copies, int threads) {
   std::atomic<int64_t> changed{0};
-  parallel((count + a_block - 1) / a_block, AT_A_TIME, threads, [&](int64_t block) {
-    const int64_t begin = block * a_block * bytes, values = std::min(a_block, count - block * a_block);
-    const auto* from = (const unsigned char*)source + begin;
-    auto* to = (unsigned char*)destination + begin;
-    changed += copy_block(from, to, values, bytes);
+  const auto bytes = [](const Copy& copy) { return copy.count * copy.bytes; };
+  by_blocks(copies, threads, bytes, [&](size_t task, int64_t block) {
+    const Copy& copy = copies[task];
+    const int64_t begin = block * BLOCK * 4, values = std::min(BLOCK * 4, bytes(copy) - begin) / copy.bytes;
+    changed += copy_block((const unsigned char*)copy.source + begin, (unsigned char*)copy.destination + begin, values,
+                          copy.bytes);
   });
   return changed;
 }

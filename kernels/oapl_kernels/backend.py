@@ -11,6 +11,7 @@ import torch
 BACKENDS = ("auto", "triton", "torch", "cpu")
 
 
+@cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
 

@@ -34,7 +34,7 @@ def pack_payload(source: Tensor, payload: Tensor) -> Tensor:
         from .weight_pack_triton import pack_words
 
         return pack_words(source, payload)
-    return torch.tensor(_pack_on_cpu(source, payload), dtype=torch.int64).to(torch.int32)
+    return _pack_on_cpu([source], [payload])[0]
 
 
 def pack(source: Tensor, payload: Tensor) -> Tensor:
@@ -43,6 +43,16 @@ def pack(source: Tensor, payload: Tensor) -> Tensor:
     check_tensor("source", source.reshape(-1), (len(payload),), CASTS, payload.device)
     check_tensor("payload", payload, (None,), CASTS, source.device)
     return pack_payload(source.detach(), payload)
+
+
+def pack_all(sources: list[Tensor], payloads: list[Tensor]) -> Tensor:
+    """`pack` of many: digests [number, 3] int32. On CPU all in one call, because starting threads takes a while."""
+    if sources and payloads[0].device.type == "cpu" and not runs_triton(payloads[0]):
+        for source, payload in zip(sources, payloads, strict=True):
+            check_tensor("source", source.reshape(-1), (len(payload),), CASTS, payload.device)
+        return _pack_on_cpu([source.detach().contiguous().view(-1) for source in sources], payloads)
+    digests = [pack(source, payload) for source, payload in zip(sources, payloads, strict=True)]
+    return torch.stack(digests) if digests else torch.empty(0, 3, dtype=torch.int32)
 
 
 def digest(payload: Tensor) -> Tensor:
@@ -63,30 +73,15 @@ def checksums(digests: list[Tensor]) -> list[int]:
 
 def checksum(payload: Tensor) -> int:
     """The 64-bit checksum of the bytes of a contiguous tensor; on CPU of any dtype, on a GPU of one of CASTS."""
-    if runs_triton(payload):
-        low, high, _ = (digest(payload).cpu().to(torch.int64) & 0xFFFFFFFF).tolist()
-    else:
-        low, high = _checksum_on_cpu(payload)
-    return low | high << 32
+    return checksum_all([payload])[0]
 
 
-def copy_changed(payload: Tensor, destination: Tensor) -> int:
-    """Copy payload [n] bit for bit to destination [n] of the same dtype, of 2 or 4 bytes, both contiguous and on CPU.
-    Returns how many elements changed their bits."""
-    check_tensor("destination", destination, (len(payload),), (payload.dtype,), payload.device)
-    if not (payload.is_contiguous() and destination.is_contiguous()) or payload.itemsize not in (2, 4):
-        raise ValueError(
-            f"payload is {payload.dtype} with strides {payload.stride()}, destination has {destination.stride()}; "
-            "allowed: contiguous tensors of 2 or 4 bytes an element"
-        )
-    cpp = extension()
-    if cpp is not None:
-        addresses = payload.data_ptr(), destination.data_ptr()
-        return int(cpp.copy_changed(*addresses, len(payload), payload.itemsize, torch.get_num_threads()))
-    bits = torch.int16 if payload.itemsize == 2 else torch.int32
-    changed = int(torch.count_nonzero(payload.view(bits) != destination.view(bits)))
-    destination.copy_(payload)
-    return changed
+def checksum_all(payloads: list[Tensor]) -> list[int]:
+    """`checksum` of many, with one start of threads or one transfer."""
+    if payloads and runs_triton(payloads[0]):
+        digests = torch.stack([digest(payload) for payload in payloads]).cpu().to(torch.int64) & 0xFFFFFFFF
+        return [low | high << 32 for low, high, _ in digests.tolist()]
+    return [low | high << 32 for low, high in _checksums_on_cpu(payloads)]
 
 
 def unpack(payloads: list[Tensor], destinations: list[Tensor], expected: list[int]) -> None:
@@ -100,23 +95,54 @@ def unpack(payloads: list[Tensor], destinations: list[Tensor], expected: list[in
         destination.copy_(payload.view(destination.shape))
 
 
-def _pack_on_cpu(source: Tensor, payload: Tensor) -> tuple[int, int, int]:
-    cpp = extension()
-    formats = [getattr(cpp.Format, str(t.dtype).removeprefix("torch.")) for t in (source, payload)] if cpp else []
-    if cpp and (source.dtype == payload.dtype or (source.dtype, payload.dtype) == (torch.float32, torch.bfloat16)):
-        ends = source.data_ptr(), formats[0], payload.data_ptr(), formats[1], len(payload)
-        low, high, infinite = cpp.pack(*ends, cpp.Seeds(*SEEDS), torch.get_num_threads())
-        return low, high, infinite
-    payload.copy_(source)
-    return *_checksum_on_cpu(payload), len(payload) - int(torch.isfinite(payload).sum())
-
-
-def _checksum_on_cpu(payload: Tensor) -> tuple[int, int]:
+def copy_changed(payloads: list[Tensor], destinations: list[Tensor]) -> int:
+    """Copy payloads [n] bit for bit to destinations [n] of the same dtype, of 2 or 4 bytes, all contiguous and on
+    the CPU. Returns how many elements changed their bits."""
+    pairs = list(zip(payloads, destinations, strict=True))
+    for payload, destination in pairs:
+        check_tensor("destination", destination, (len(payload),), (payload.dtype,), torch.device("cpu"))
+        if not (payload.is_contiguous() and destination.is_contiguous()) or payload.itemsize not in (2, 4):
+            raise ValueError(
+                f"payload is {payload.dtype} with strides {payload.stride()}, destination has {destination.stride()}; "
+                "allowed: contiguous tensors of 2 or 4 bytes an element"
+            )
     cpp = extension()
     if cpp is not None:
-        size = payload.numel() * payload.element_size()
-        low, high, _ = cpp.checksum(payload.data_ptr(), size, cpp.Seeds(*SEEDS), torch.get_num_threads())
-        return low, high
+        copies = [cpp.Copy(p.data_ptr(), d.data_ptr(), len(p), p.itemsize) for p, d in pairs]
+        return int(cpp.copy_changed(copies, torch.get_num_threads()))
+    changed = 0
+    for payload, destination in pairs:
+        bits = torch.int16 if payload.itemsize == 2 else torch.int32
+        changed += int(torch.count_nonzero(payload.view(bits) != destination.view(bits)))
+        destination.copy_(payload)
+    return changed
+
+
+def _pack_on_cpu(sources: list[Tensor], payloads: list[Tensor]) -> Tensor:
+    cpp = extension()
+    fused = (torch.float32, torch.bfloat16)
+    pairs = list(zip(sources, payloads, strict=True))
+    if cpp is not None and all(s.dtype == p.dtype or (s.dtype, p.dtype) == fused for s, p in pairs):
+        formats = {dtype: getattr(cpp.Format, str(dtype).removeprefix("torch.")) for dtype in CASTS}
+        casts = [cpp.Cast(s.data_ptr(), formats[s.dtype], p.data_ptr(), formats[p.dtype], len(p)) for s, p in pairs]
+        found = [(d.h0, d.h1, d.infinite) for d in cpp.pack(casts, cpp.Seeds(*SEEDS), torch.get_num_threads())]
+    else:
+        for source, payload in pairs:
+            payload.copy_(source)
+        infinite = [len(payload) - int(torch.isfinite(payload).sum()) for payload in payloads]
+        found = [(*sums, count) for sums, count in zip(_checksums_on_cpu(payloads), infinite, strict=True)]
+    return torch.tensor(found, dtype=torch.int64).to(torch.int32)
+
+
+def _checksums_on_cpu(payloads: list[Tensor]) -> list[tuple[int, int]]:
+    cpp = extension()
+    if cpp is None:
+        return [_checksum_in_numpy(payload) for payload in payloads]
+    spans = [cpp.Bytes(payload.data_ptr(), payload.nbytes) for payload in payloads]
+    return [(d.h0, d.h1) for d in cpp.checksum(spans, cpp.Seeds(*SEEDS), torch.get_num_threads())]
+
+
+def _checksum_in_numpy(payload: Tensor) -> tuple[int, int]:
     data = payload.view(torch.uint8).numpy().tobytes()
     words = np.frombuffer(data + bytes(-len(data) % 4), "<u4")
     index = np.arange(len(words), dtype=np.uint64).astype(np.uint32)

@@ -70,8 +70,6 @@ class EngineServer:
         self.idle = asyncio.Event()
         self.idle.set()
         self._names = 0
-        block: int = llm.vllm_config.cache_config.block_size
-        self.canary = [1] * min(block + 1, options["max_model_len"] - 1)  # just long enough to be cached
 
     async def answer(self, request: Request, send: Callable[[Reply], None]) -> None:
         """Carry out one request; every request ends in exactly one "result" or "refused"."""
@@ -224,8 +222,6 @@ class EngineServer:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=payload))
-        if self.state == "complete":
-            await self._cached_tokens()  # something old for the first update to leave behind
 
     async def _start(self, payload: dict[str, Any]) -> None:
         if self.gate.is_set():
@@ -250,22 +246,14 @@ class EngineServer:
         if self.state != "incomplete":
             raise RuntimeError(f"finish without start: weights are {self.state}")
         await self.llm.finish_weight_update(str(self.arriving))
-        if cached := await self._cached_tokens():
+        if blocks := await self.llm.engine_core.call_utility_async("oapl_cached_blocks"):
             self.refused = {
                 "parameter": "prefix cache",
                 "expected": "no blocks of the version before",
-                "found": f"{cached} tokens of it",
+                "found": f"{blocks} of them",
             }
-            raise RuntimeError(f"prefix cache: {cached} tokens of the version before are still there")
+            raise RuntimeError(f"prefix cache: {blocks} blocks of the version before are still there")
         self.state, self.version = "unattested", self.arriving
-
-    async def _cached_tokens(self) -> int:
-        """How many tokens of the canary come from the prefix cache; all of it is in there afterwards."""
-        from vllm import SamplingParams
-
-        self.counters.tokens_scored += len(self.canary)
-        output = await self._complete(self.canary, SamplingParams(max_tokens=1, detokenize=False, ignore_eos=True))
-        return int(output.num_cached_tokens or 0)
 
     async def _attest(self, payload: dict[str, Any]) -> None:
         if payload["accepted"] and self.state != "unattested":

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from oapl_kernels.weight_pack import pack
+from oapl_kernels.weight_pack import pack_all
 
 from oapl_engine.weights.attest import (
     Gap,
@@ -225,11 +225,9 @@ class Publisher:
 
     def _pack(self, view: torch.Tensor, pieces: list[tuple[Piece, torch.Tensor]]) -> dict[str, int]:
         """Cast (round to nearest even) into the bucket. Returns checksums by label. Refuses what is not finite."""
-        digests = []
-        for piece, source in pieces:
-            place = view[piece.offset : piece.offset + piece.count * self.dtype.itemsize].view(self.dtype)
-            digests.append(pack(source.to(place.device), place))
-        values = torch.stack(digests).cpu().to(torch.int64) & 0xFFFFFFFF  # waits for the device
+        places = [view[p.offset : p.offset + p.count * self.dtype.itemsize].view(self.dtype) for p, _ in pieces]
+        digests = pack_all([source.to(view.device) for _, source in pieces], places)
+        values = digests.cpu().to(torch.int64) & 0xFFFFFFFF  # waits for the device
         sums = {}
         for (piece, _), (low, high, infinite) in zip(pieces, values.tolist(), strict=True):
             if infinite:
@@ -242,8 +240,9 @@ class Publisher:
         try:
             check_checksums(expected, reports)
             if self.golden:
-                engine = [self.control("score", {"token_ids": list(p)}) for p in self.golden.prompts]
+                scores = self._sender.submit(self._score, self.golden.prompts)
                 trainer = self.golden.trainer_logprobs(self.golden.prompts)
+                engine = scores.result()
                 if any(report["changed"] for report in reports):  # small steps of float32 may round away in bfloat16
                     check_staleness(self.golden.tolerance, engine, trainer, self._before)
                 gap = check_golden(self.golden.tolerance, engine, trainer)
@@ -253,6 +252,10 @@ class Publisher:
             raise
         self._phase("attest", {"accepted": True})
         return gap
+
+    def _score(self, prompts: Sequence[Sequence[int]]) -> list[Logprobs]:
+        """One after another: what is batched together may round differently from publish to publish."""
+        return [self.control("score", {"token_ids": list(p)}) for p in prompts]
 
 
 class _Clock:

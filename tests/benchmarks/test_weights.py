@@ -19,7 +19,7 @@ def test_every_transport_and_every_rival_is_measured(tmp_path):
     assert done.returncode in (0, 3), done.stderr
     figures = json.loads(path.read_text())
     row = figures["micro"]
-    assert set(row["transports"]) == {"memfd", "file", "gloo"}
+    assert set(row["transports"]) == {"memfd", "file", "gloo", "memfd, in turn"}
     for seconds in row["transports"].values():
         parts = sum(seconds[p] for p in ("take", "check", "scatter", "read_back"))
         assert 0 < parts <= seconds["transfer"] < seconds["total"]

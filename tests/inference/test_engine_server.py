@@ -12,8 +12,6 @@ from oapl_engine.inference.protocol import Sampling
 class LateLLM:
     """pause_generation returns when the work is done, a moment before the outputs arrive."""
 
-    vllm_config = SimpleNamespace(cache_config=SimpleNamespace(block_size=16))
-
     def __init__(self):
         self.done = asyncio.Event()
 
@@ -35,7 +33,7 @@ class LateLLM:
 
 def test_a_pause_ends_when_the_last_output_has_arrived():
     async def scene():
-        options = {"version": 0, "incarnation": 0, "on_cpu": True, "max_model_len": 64}
+        options = {"version": 0, "incarnation": 0, "on_cpu": True}
         server, samples = EngineServer(LateLLM(), (1,), options), []
         server._params = lambda how, index, done: None
         how = msgspec.to_builtins(Sampling(max_new_tokens=4))

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oapl_kernels import weight_pack
-from oapl_kernels.weight_pack import checksum, checksums, copy_changed, digest, pack, unpack
+from oapl_kernels.weight_pack import checksum, checksum_all, checksums, copy_changed, digest, pack, pack_all, unpack
 
 
 def formula(data: bytes) -> int:
@@ -52,27 +52,46 @@ def test_a_cast_is_torchs_for_every_kind_of_value(implementation):
     assert infinite == 4  # 3.4e38 rounds to infinity
 
 
+def test_many_at_once_are_as_one_after_another(implementation):
+    sizes = [5, 70001, 0, 1, 16384, 16385, 300]
+    sources = [torch.randn(size).to(torch.bfloat16 if size == 300 else torch.float32) for size in sizes]
+    places = [torch.empty(size, dtype=torch.bfloat16) for size in sizes]
+    together = pack_all(sources, places)
+    for source, place, digest_ in zip(sources, places, together, strict=True):
+        other = torch.empty_like(place)
+        assert torch.equal(pack(source, other), digest_)
+        assert torch.equal(place, source.bfloat16())
+    assert checksum_all(places) == checksums(list(together)) == [checksum(place) for place in places]
+    assert checksum_all([]) == []
+    assert pack_all([], []).shape == (0, 3)
+    with pytest.raises(ValueError, match=r"source has shape \[5\]; allowed: \[6\]"):
+        pack_all([sources[0]], [torch.empty(6)])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int16], ids=str)
-@pytest.mark.parametrize("count", [0, 1, 7, 16385, 70001])
-def test_copy_counts_what_changed(implementation, count, dtype):
-    before = torch.randint(0, 99, (count,)).to(dtype)
-    after = before.clone()
-    touched = torch.rand(count) < 0.3
-    after[touched] += 1
-    whole = torch.cat([before, before])
-    assert copy_changed(after, whole[:count]) == int(touched.sum())
-    assert torch.equal(whole, torch.cat([after, before]))
-    assert copy_changed(after, whole[:count]) == 0
-    if dtype.is_floating_point and count:
+def test_copy_counts_what_changed(implementation, dtype):
+    befores = [torch.randint(0, 99, (count,)).to(dtype) for count in (0, 1, 7, 16385, 70001)]
+    afters = [before.clone() for before in befores]
+    touched = 0
+    for after in afters:
+        chosen = torch.rand(len(after)) < 0.3
+        after[chosen] += 1
+        touched += int(chosen.sum())
+    wholes = [torch.cat([before, before]) for before in befores]
+    places = [whole[: len(after)] for whole, after in zip(wholes, afters, strict=True)]
+    assert copy_changed(afters, places) == touched
+    assert all(torch.equal(w, torch.cat([a, b])) for w, a, b in zip(wholes, afters, befores, strict=True))
+    assert copy_changed(afters, places) == 0
+    if dtype.is_floating_point:
         zero, minus = torch.zeros(1, dtype=dtype), -torch.zeros(1, dtype=dtype)
-        assert copy_changed(minus, zero) == 1  # equal as values, not as bits
+        assert copy_changed([minus], [zero]) == 1  # equal as values, not as bits
 
 
 def test_copy_refuses_what_it_cannot_count():
     with pytest.raises(ValueError, match="allowed: contiguous tensors of 2 or 4 bytes"):
-        copy_changed(torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
+        copy_changed([torch.zeros(4, dtype=torch.int64)], [torch.zeros(4, dtype=torch.int64)])
     with pytest.raises(ValueError, match=r"destination has shape \[3\]; allowed: \[4\]"):
-        copy_changed(torch.zeros(4), torch.zeros(3))
+        copy_changed([torch.zeros(4)], [torch.zeros(3)])
 
 
 @settings(max_examples=50, deadline=None)

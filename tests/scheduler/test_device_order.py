@@ -40,7 +40,7 @@ class FakeLLM:
 
     def __init__(self, device):
         self.device = device
-        self.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(block_size=16))
+        self.engine_core = self
         self.good = True
         device.take("weights", WEIGHTS)
         device.take("kv_cache", CACHE)
@@ -68,6 +68,10 @@ class FakeLLM:
     async def collective_rpc(self, method):
         return []
 
+    async def call_utility_async(self, method):
+        assert method == "oapl_cached_blocks"
+        return 0
+
     async def pause_generation(self, mode, clear_cache):
         pass
 
@@ -87,8 +91,7 @@ class Phased:
     def __init__(self, policy, capacity):
         self.policy, self.device = policy, Device(capacity)
         self.optimizer = make_optimizer(policy, config.Optimizer(learning_rate=1e-3))
-        self.server = EngineServer(FakeLLM(self.device), (), {"version": -1, "incarnation": 0, "on_cpu": False,
-                                                             "max_model_len": 64})  # fmt: skip
+        self.server = EngineServer(FakeLLM(self.device), (), {"version": -1, "incarnation": 0, "on_cpu": False})
         self.inbox, self.count = queue.SimpleQueue(), 0
 
     def handlers(self):

@@ -108,6 +108,7 @@ class Campaign:
         return "lm_head.weight"
 
     def prefix_cache_kept(self, name):
+        self.rig.control("score", {"token_ids": list(range(40))})  # a full block of the old version
         self.rig.fault.write_text("prefix cache kept")
         return "prefix cache"
 

@@ -16,6 +16,10 @@ def register() -> None:
     WeightTransferEngineFactory.register_engine(
         BACKEND, "oapl_engine.weights.receiver.engine", "InPlaceWeightTransferEngine"
     )
+    from vllm.v1.engine.core import EngineCore
+
     from oapl_engine.weights.receiver.live import keep_parameters_live
+    from oapl_engine.weights.receiver.prefix_cache import cached_blocks
 
     keep_parameters_live()
+    EngineCore.oapl_cached_blocks = cached_blocks

@@ -5,15 +5,19 @@ oapl_kernels needs torch alone, so the receiver may load it into vLLM's processe
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from oapl_kernels import weight_pack
 
 FLOATS = {2: torch.bfloat16, 4: torch.float32}
 
 
-def checksum(tensor: torch.Tensor) -> int:
-    """64 bits of the bytes of a tensor in row-major order, where it lies."""
-    flat = tensor.detach().contiguous().view(-1)
-    if flat.is_cuda and not flat.is_floating_point():
-        flat = flat.view(FLOATS[flat.element_size()])
-    return weight_pack.checksum(flat)
+def checksums(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """64 bits each of the bytes of tensors in row-major order, where they lie."""
+    return weight_pack.checksum_all([_as_floats(tensor.detach().contiguous().view(-1)) for tensor in tensors])
+
+
+def _as_floats(flat: torch.Tensor) -> torch.Tensor:
+    """What the GPU's kernel reads; other integers are hashed on the CPU only."""
+    return flat.view(FLOATS[flat.element_size()]) if flat.is_cuda and not flat.is_floating_point() else flat

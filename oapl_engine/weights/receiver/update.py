@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from oapl_kernels.weight_pack import copy_changed
 
-from oapl_engine.weights.receiver.checksum import checksum
+from oapl_engine.weights.receiver.checksum import checksums as checksums_of
 from oapl_engine.weights.receiver.inbox import Inbox, open_inbox
 from oapl_engine.weights.receiver.plan import DTYPES, Plan, PlanError, cut, live_parameters, record
 
@@ -28,10 +28,14 @@ class Source:
     tensor: torch.Tensor
     pairs: list[tuple[torch.Tensor, torch.Tensor]]  # (live, in the bucket), integer views
 
+    def in_place(self) -> torch.Tensor | None:
+        """The live region, where it is the piece as it was sent; None where it is parts of it."""
+        live, sent = self.pairs[0] if len(self.pairs) == 1 else (self.tensor, self.tensor[:0])
+        return live if sent.is_contiguous() and sent.numel() == self.tensor.numel() else None
+
     def read_back(self) -> torch.Tensor:
         """The piece as the live parameters hold it; where another rank holds a part, that part as it was sent."""
-        live, sent = self.pairs[0] if len(self.pairs) == 1 else (self.tensor, self.tensor[:0])
-        if sent.is_contiguous() and sent.numel() == self.tensor.numel():
+        if (live := self.in_place()) is not None:
             return live
         copy = self.tensor.clone()
         for live, sent in self.pairs:
@@ -102,24 +106,28 @@ class InPlaceUpdate:
         with self._timed("take"):
             self.inbox.take(bucket % len(self.inbox.buffers), length)
         with self._timed("check"):
-            for source in sources:
-                expected, found = checksums[source.label], checksum(source.tensor)
-                if found != expected:
+            for source, found in zip(sources, checksums_of(s.tensor for s in sources), strict=True):
+                if found != (expected := checksums[source.label]):
                     self._refuse(PlanError(source.name, f"checksum {expected:016x}", f"{found:016x} in the bucket"))
         with self._timed("scatter"):
             self._scatter([pair for source in sources for pair in source.pairs])
         with self._timed("read_back"):
-            for source in sources:
-                self.checksums[source.label] = checksum(source.read_back())
+            together = [s for s in sources if s.in_place() is not None]
+            apart = [s for s in sources if s.in_place() is None]  # copies: one at a time in memory
+            for batch in (together, *([s] for s in apart)):
+                found_live = checksums_of(s.read_back() for s in batch)
+                self.checksums |= zip((s.label for s in batch), found_live, strict=True)
 
     def _scatter(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        flat: list[tuple[torch.Tensor, torch.Tensor]] = []
         for live, sent in pairs:
+            if not live.is_cuda and live.is_contiguous() and sent.is_contiguous():
+                flat.append((sent.view(-1), live.view(-1)))
+                continue
             arrived = sent.to(live.device)
-            if not live.is_cuda and live.is_contiguous() and arrived.is_contiguous():
-                self.changed += copy_changed(arrived.view(-1), live.view(-1))
-            else:
-                self.changed += int(torch.count_nonzero(live != arrived))
-                live.copy_(arrived)
+            self.changed += int(torch.count_nonzero(live != arrived))
+            live.copy_(arrived)
+        self.changed += copy_changed([sent for sent, _ in flat], [live for _, live in flat])
 
     def finish(self) -> None:
         for source in (s for sources in self.buckets.values() for s in sources):
@@ -144,7 +152,8 @@ class InPlaceUpdate:
 
     def parameter_checksums(self) -> dict[str, int]:
         """Of the live parameters by the engine's own names, tied ones once."""
-        return {name: checksum(parameter) for name, parameter in live_parameters(self.model).values()}
+        named = dict(live_parameters(self.model).values())
+        return dict(zip(named, checksums_of(named.values()), strict=True))
 
     def close(self) -> None:
         """Let go of the trainer's buckets."""
