@@ -107,8 +107,10 @@ def evaluate_targets(targets: Sequence[Target], recipe: Recipe, whole: bool, out
 def _evaluate_target(target: Target, recipe: Recipe, whole: bool, out: Path, say: Say) -> Evaluated:
     tokenizer = load_tokenizer(target.folder)
     prompts, (verifier, options) = problems(recipe.data, recipe.run.seed, tokenizer, whole)
+    if not prompts:
+        raise ConfigError("no problem to evaluate: raise data.held_out")
     _bind(out, target, recipe)
-    known = _counts(out, prompts)
+    known = set(read_problems(out)[0].problems if (out / "eval_problems.jsonl").exists() else ())
     todo = [p for p in prompts if p.id not in known]
     if todo:
         say(f"{target.label}: {len(todo)} problems x {recipe.evaluation.n} samples, engine starts")
@@ -145,12 +147,6 @@ def _bind(out: Path, target: Target, recipe: Recipe) -> None:
         )
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(about) + "\n")
-
-
-def _counts(out: Path, prompts: Sequence[Prompt]) -> set[str]:
-    if not prompts:
-        raise ConfigError("no problem to evaluate: raise data.held_out")
-    return set(read_problems(out)[0].problems) if (out / "eval_problems.jsonl").exists() else set()
 
 
 def _engine_options(target: Target, recipe: Recipe, prompts: Sequence[Prompt]) -> EngineOptions:
