@@ -494,8 +494,11 @@ def describe(schema: type) -> list[tuple[str, str, list[tuple[str, str, str, str
 
 
 def _fields(kind: Any) -> list[tuple[str, str, str, str]]:
-    fields = kind.__pydantic_fields__.items()
-    return [(name, _type_name(info.annotation), _shown(info.default), info.description) for name, info in fields]
+    rows = []
+    for name, info in kind.__pydantic_fields__.items():
+        default = "off" if info.default is None else json.dumps(info.default)
+        rows.append((name, _type_name(info.annotation), default, info.description))
+    return rows
 
 
 def _type_name(annotation: Any) -> str:
@@ -503,7 +506,3 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(f'"{choice}"' for choice in get_args(annotation))
     name = annotation.__name__ if type(annotation) is type else str(annotation).replace("typing.", "")
     return name.replace("str", "text").replace("bool", "true | false").replace(" | None", "")
-
-
-def _shown(value: Any) -> str:
-    return "off" if value is None else json.dumps(value)

@@ -23,7 +23,9 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path, report: Report | None = None):
         self.path = run_dir / "metrics.jsonl"
-        self._trackers = _trackers(run_dir, report or Report())
+        report = report or Report()
+        self._trackers = [_tensorboard(run_dir)] if report.tensorboard else []
+        self._trackers += [_wandb(run_dir, report.wandb)] if report.wandb else []
 
     def write(self, values: dict[str, Any]) -> dict[str, Any]:
         """Write one step; absent keys become null. An unknown key raises ValueError (a typing error in our code)."""
@@ -57,11 +59,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def read_evaluations(run_dir: Path) -> dict[int, dict[str, Any]]:
     """Rows of eval.jsonl for k = 1, by optimizer step."""
     return {row["step"]: row for row in read_rows(run_dir / "eval.jsonl") if row["k"] == 1}
-
-
-def _trackers(run_dir: Path, report: Report) -> list[Any]:
-    trackers = [_tensorboard(run_dir)] if report.tensorboard else []
-    return [*trackers, _wandb(run_dir, report.wandb)] if report.wandb else trackers
 
 
 def _tensorboard(run_dir: Path) -> Any:

@@ -104,9 +104,6 @@ class Buffer:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Buffer) and list(self) == list(other)
 
-    def __repr__(self) -> str:
-        return f"Buffer({list(self)})"
-
 
 @dataclass(frozen=True)
 class State:

@@ -85,18 +85,14 @@ def _candidate(
     dropped.update({r.key: "no_tokens" for r in rollouts if not r.loss_mask.any()})
     rollouts = tuple(r for r in rollouts if r.key not in dropped)
     reward = np.array([r.reward for r in rollouts], np.float64)
-    if section.overlong == "soft":
-        reward = reward + _length_penalty(rollouts, max_new_tokens)
+    if section.overlong == "soft":  # over the last fifth
+        lengths = torch.tensor([r.response_tokens for r in rollouts], dtype=torch.float64)
+        reward = reward + soft_overlong_penalty(lengths, max_new_tokens, max(1, max_new_tokens // 5)).numpy()
     basis = reward if recorded is None else recorded
     if not rollouts or len(basis) < 2:
         dropped.update({r.key: "group_too_small" for r in rollouts})
         return None
     return _Candidate(rollouts, reward, basis)
-
-
-def _length_penalty(rollouts: Sequence[Rollout], max_new_tokens: int) -> NDArray[np.float64]:
-    lengths = torch.tensor([r.response_tokens for r in rollouts], dtype=torch.float64)
-    return soft_overlong_penalty(lengths, max_new_tokens, max(1, max_new_tokens // 5)).numpy()
 
 
 def _without_equal(usable: list[_Candidate], rule: str, dropped: dict[str, str]) -> list[_Candidate]:
@@ -155,11 +151,11 @@ def _mean(values: Sequence[float] | NDArray[np.float64]) -> float | None:
 
 def with_behavior(groups: Sequence[Group], logprobs: Mapping[str, NDArray[np.float32]]) -> list[Group]:
     """The groups with behaviour log-probs replaced by those of `score` (behavior = "recomputed"); key to [response]."""
-    return [replace(g, rollouts=tuple(_with_behavior(r, logprobs) for r in g.rollouts)) for g in groups]
 
+    def of(rollout: Rollout) -> Rollout:
+        if rollout.key not in logprobs:
+            return rollout
+        prompt = np.zeros(rollout.prompt_length, np.float32)
+        return replace(rollout, behavior_logprob=np.concatenate([prompt, logprobs[rollout.key]]))
 
-def _with_behavior(rollout: Rollout, logprobs: Mapping[str, NDArray[np.float32]]) -> Rollout:
-    if rollout.key not in logprobs:
-        return rollout
-    prompt = np.zeros(rollout.prompt_length, np.float32)
-    return replace(rollout, behavior_logprob=np.concatenate([prompt, logprobs[rollout.key]]))
+    return [replace(g, rollouts=tuple(map(of, g.rollouts))) for g in groups]

@@ -38,11 +38,9 @@ def _logprob(policy: Policy, batch: Batch, temperature: float) -> NDArray[np.flo
 
 def scored_as(field: str, policy: Policy, batches: Sequence[Batch], temperature: float) -> list[Batch]:
     """The batches with field `proximal_logprob` (by the policy before the step) or `reference_logprob` filled in."""
-    values = [_spread(batch, _logprob(policy, batch, temperature)) for batch in batches]
-    return [replace(batch, **{field: v}) for batch, v in zip(batches, values, strict=True)]  # type: ignore[arg-type]
-
-
-def _spread(batch: Batch, values: NDArray[np.float32]) -> NDArray[np.float32]:
-    rows = np.zeros(len(batch.target), np.float32)
-    rows[batch.rows] = values
-    return rows
+    filled = []
+    for batch in batches:
+        values = np.zeros(len(batch.target), np.float32)
+        values[batch.rows] = _logprob(policy, batch, temperature)
+        filled.append(replace(batch, **{field: values}))  # type: ignore[arg-type]
+    return filled
