@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 SOURCES = [
     p for d in ("oapl_engine", "kernels", "csrc") for p in (ROOT / d).rglob("*") if p.suffix in (".py", ".cpp", ".h")
 ]
-CORE_LINES = 13_600  # the aim is 7,000; this only keeps it from growing unseen
+CORE_LINES = 13_590  # the aim is 7,000; this only keeps it from growing unseen
 LINT = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()"]
 
 
