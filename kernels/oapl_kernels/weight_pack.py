@@ -24,17 +24,21 @@ def _fake_digest(source: Tensor, payload: Tensor) -> Tensor:
 @operation(_fake_digest, mutates=("payload",))
 def pack_payload(source: Tensor, payload: Tensor) -> Tensor:
     """`pack` of a source whose shape and dtype are known to be right."""
-    if not payload.is_contiguous() or payload.data_ptr() % 16:
-        raise ValueError(
-            f"payload starts at address {payload.data_ptr()} with strides {payload.stride()}; "
-            "allowed: contiguous, starting at a multiple of 16 bytes"
-        )
+    _check_place(payload)
     source = source.contiguous().view(-1)
     if runs_triton(payload):
         from .weight_pack_triton import pack_words
 
         return pack_words(source, payload)
     return _pack_on_cpu([source], [payload])[0]
+
+
+def _check_place(payload: Tensor) -> None:
+    if not payload.is_contiguous() or payload.data_ptr() % 16:
+        raise ValueError(
+            f"payload starts at address {payload.data_ptr()} with strides {payload.stride()}; "
+            "allowed: contiguous, starting at a multiple of 16 bytes"
+        )
 
 
 def pack(source: Tensor, payload: Tensor) -> Tensor:
@@ -50,6 +54,7 @@ def pack_all(sources: list[Tensor], payloads: list[Tensor]) -> Tensor:
     if sources and payloads[0].device.type == "cpu" and not runs_triton(payloads[0]):
         for source, payload in zip(sources, payloads, strict=True):
             check_tensor("source", source.reshape(-1), (len(payload),), CASTS, payload.device)
+            _check_place(payload)
         return _pack_on_cpu([source.detach().contiguous().view(-1) for source in sources], payloads)
     digests = [pack(source, payload) for source, payload in zip(sources, payloads, strict=True)]
     return torch.stack(digests) if digests else torch.empty(0, 3, dtype=torch.int32)

@@ -66,6 +66,8 @@ def test_many_at_once_are_as_one_after_another(implementation):
     assert pack_all([], []).shape == (0, 3)
     with pytest.raises(ValueError, match=r"source has shape \[5\]; allowed: \[6\]"):
         pack_all([sources[0]], [torch.empty(6)])
+    with pytest.raises(ValueError, match="allowed: contiguous, starting at a multiple of 16 bytes"):
+        pack_all([sources[0]], [torch.empty(5, 2)[:, 0]])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int16], ids=str)

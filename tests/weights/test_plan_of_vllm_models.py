@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from oapl_engine.weights.receiver.plan import live_parameters, record
+from oapl_engine.weights.receiver.plan import PlanError, live_parameters, record
 
 pytestmark = pytest.mark.live
 
@@ -46,7 +46,8 @@ def checkpoint(kind, more, folder):
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**{"tie_word_embeddings": False, **SMALL, **more})
+    shape = more if kind == "Mamba" else {"tie_word_embeddings": False, **SMALL, **more}
+    config = getattr(transformers, f"{kind}Config")(**shape)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     model.save_pretrained(folder)
     return dict(model.named_parameters())
@@ -81,3 +82,13 @@ def test_replay_equals_load_weights(one_rank, tmp_path, name):
         theirs.load_weights(weights.items())
     for (parameter, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b), parameter
+
+
+def test_a_model_that_computes_a_parameter_while_loading_is_refused_by_name(one_rank, tmp_path):
+    """vLLM's Mamba stores A = -exp(A_log): a copy of what the trainer sends would be wrong."""
+    sizes = {"vocab_size": 50, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 1, "time_step_rank": 4}
+    weights = checkpoint("Mamba", sizes, tmp_path)
+    model = build(tmp_path)
+    with pytest.raises(PlanError, match="expected to reach the model unchanged, found a computed tensor") as refusal:
+        record(model, [(n, "float32", list(t.shape)) for n, t in weights.items()])
+    assert refusal.value.parameter.endswith("mixer.A_log")

@@ -181,6 +181,21 @@ def test_a_trainer_that_dies_in_mid_bucket_is_noticed_by_the_receiver(transport,
     publisher.close()
 
 
+def test_what_a_killed_trainer_left_in_a_folder_is_removed_by_the_next_and_not_what_a_living_one_uses(tmp_path):
+    living = FileBuckets(64, tmp_path)
+    code = (
+        "import os, sys, pathlib; from oapl_engine.weights.transports.file import FileBuckets\n"
+        "FileBuckets(64, pathlib.Path(sys.argv[1])).send(0, 64); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 2
+    successor = FileBuckets(64, tmp_path)
+    assert set(tmp_path.iterdir()) == {living.folder, successor.folder}
+    living.close()
+    successor.close()
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_size_of_a_memfd_bucket_is_sealed():
     buckets = MemfdBuckets(4096)
     with pytest.raises(PermissionError):

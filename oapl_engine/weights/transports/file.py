@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,17 @@ from oapl_engine.weights.transports import Buckets
 
 
 class FileBuckets(Buckets):
-    """Two files, rewritten in turn (mode 0600, folder 0700); both are gone after close()."""
+    """Two files, rewritten in turn (mode 0600, folder 0700); both are gone after close(). What killed trainers of this
+    host left in `folder` goes first."""
 
     def __init__(self, size: int, folder: Path | None = None) -> None:
         self.size = size
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        self.folder = Path(tempfile.mkdtemp(prefix="oapl-weights-", dir=folder))
+        parent, ours = folder or Path(tempfile.gettempdir()), f"oapl-weights-{socket.gethostname()}-"
+        parent.mkdir(parents=True, exist_ok=True)
+        for old in parent.glob(f"{ours}*"):
+            if not Path("/proc", old.name.rsplit("-", 2)[1]).exists():
+                shutil.rmtree(old, ignore_errors=True)
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{ours}{os.getpid()}-", dir=parent))
         self.views = [torch.zeros(size, dtype=torch.uint8) for _ in range(2)]
 
     def describe(self) -> dict[str, Any]:
