@@ -160,7 +160,7 @@ def _eval(arguments: argparse.Namespace, overrides: list[str]) -> int:
         ks = [int(k) for k in arguments.k.split(",")] if arguments.k else [2**i for i in range(max(n, 1).bit_length())]
     except ValueError as error:
         raise ConfigError(f"--k {arguments.k}: whole numbers separated by commas, such as 1,4,16") from error
-    recipe = session.evaluation_recipe(arguments.models[0], arguments.task, n, ks, overrides)
+    recipe = session.evaluation_recipe(arguments.models, arguments.task, n, ks, overrides)
     targets = [session.find_target(path) for path in arguments.models]
     name = arguments.task.replace(":", "-") or recipe.data.task or Path(recipe.data.path).stem
     out = Path(arguments.out or f"runs/eval-{Path(name).stem}")

@@ -54,17 +54,18 @@ def find_target(path: str) -> Target:
     return Target(run.name, resolve_model(path))
 
 
-def evaluation_recipe(first: str, task: str, n: int, ks: Sequence[int], overrides: list[str]) -> Recipe:
-    """The recipe of the first run, or defaults, with `--task`, `--n`, `--k` and overrides laid over. ConfigError."""
-    stored = Path(first) / "config.toml"
-    tables = read_toml(stored) if stored.exists() else {}
+def evaluation_recipe(models: Sequence[str], task: str, n: int, ks: Sequence[int], overrides: list[str]) -> Recipe:
+    """The recipe of the first run among `models`, or defaults, with `--task`, `--n`, `--k` and overrides laid over.
+    Raises ConfigError."""
+    stored = [path for model in models if (path := Path(model) / "config.toml").exists()]
+    tables = read_toml(stored[0]) if stored else {}
     tables = apply_overrides({s: t for s, t in tables.items() if s not in UNUSED}, overrides, Recipe)
     tables["evaluation"] = tables.get("evaluation", {}) | {"n": n, "k": list(ks)}
     recipe: Recipe = build(Recipe, tables, "oapl eval")
     if task:
         recipe = dataclasses.replace(recipe, data=data_of(task, recipe.data))
     elif not recipe.data.task and not recipe.data.path:
-        raise ConfigError(f"{first} is no run with a task of its own: name one with --task, e.g. --task math500")
+        raise ConfigError(f"no run with a task of its own among {', '.join(models)}: name one, e.g. --task math500")
     if n < 1 or not all(1 <= k <= n for k in ks):
         raise ConfigError(f"--n {n} --k {','.join(map(str, ks))}: pass@k needs 1 <= k <= n")
     return recipe
