@@ -213,7 +213,7 @@ def _generations(rows: dict[str, Row], folder: Path) -> Path:
         ("GRPO-clip", 1, "map", "GRPO-clip, online (L=1)"),
         ("OAPL", 64, "map", "OAPL, L=64"),
         ("OAPL", 400, "map", "OAPL, two offline rounds (L=400)"),
-        ("OAPL", 200, "variant/4 epochs a window", "OAPL, two offline rounds of 4 epochs (L=200)"),
+        ("OAPL", 64, "variant/4 epochs a window", "OAPL, L=64, 4 epochs a window"),
     ]
     for objective, lag, kind, label in shown:
         found = select(rows.values(), kind=kind, objective=objective, lag=lag)
