@@ -80,7 +80,7 @@ class Data:
 class Reward:
     """How a response is scored. Verifiers run in workers that can be killed."""
 
-    name: str = setting("", "exact | math | reasoning_gym | code; empty: the one of the data source")
+    name: str = setting("", "exact | math | reasoning_gym | package.module:function; empty: the one of the data source")
     options: dict[str, Any] = setting({}, "passed to the verifier")
     timeout_seconds: float = setting(10.0, "seconds for one verdict, then invalid", gt=0)
     memory_mb: int = setting(1024, "MiB of address space a worker may add, then invalid", ge=64)
