@@ -13,7 +13,7 @@ FIGURES: dict[str, object] = {}
 
 
 def pytest_addoption(parser):
-    parser.addoption("--proofs", help="write the figures that tests measured to this JSON file")
+    parser.addoption("--proofs", help="JSON file that keeps the figures that tests measured; those of tests not run now stay")
 
 
 def pytest_collection_modifyitems(items):
@@ -27,8 +27,9 @@ def pytest_collection_modifyitems(items):
 
 def pytest_sessionfinish(session):
     path = session.config.getoption("--proofs")
-    if path:
-        Path(path).write_text(json.dumps(FIGURES, indent=1, sort_keys=True) + "\n")
+    if path and FIGURES:
+        kept = json.loads(Path(path).read_text()) if Path(path).exists() else {}
+        Path(path).write_text(json.dumps(kept | FIGURES, indent=1, sort_keys=True) + "\n")
 
 
 @pytest.fixture
