@@ -167,7 +167,7 @@ class Train:
     checkpoint_activations: bool = setting(False, "recompute activations in backward: less memory, slower")
     compile: bool = setting(False, "torch.compile the model's layers")
     precision: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "matmul precision; auto: bfloat16 where the device has it in hardware, else float32"
+        "auto", "matmul precision; auto: bfloat16 where device and engine compute in it, else float32"
     )
     nonfinite: Literal["stop", "skip"] = setting("stop", "what a NaN or Inf in loss or gradient does")
 
@@ -401,7 +401,8 @@ def _unknown_field(name: str, section: str, kind: Any) -> str:
 
 def check_together(recipe: Recipe) -> None:
     """Rules that involve several fields. Raises ConfigError."""
-    for rule in (_check_schedule, _check_objective, _check_sampling, _check_data, _check_evaluation, _check_built):
+    rules = (_check_schedule, _check_objective, _check_sampling, _check_data, _check_evaluation, _check_precision)
+    for rule in (*rules, _check_built):
         rule(recipe)
 
 
@@ -471,6 +472,32 @@ def _check_evaluation(r: Recipe) -> None:
     for k in r.evaluation.k if r.evaluation.n else ():
         if not 1 <= k <= r.evaluation.n:
             raise ConfigError(f"evaluation.k = {k}: pass@k needs 1 <= k <= evaluation.n = {r.evaluation.n}")
+
+
+def served_dtype(r: Recipe) -> str:
+    """What the engine computes in."""
+    return r.model.dtype if r.rollout.engine_dtype == "auto" else r.rollout.engine_dtype
+
+
+def _is_exactly_served(r: Recipe) -> bool:
+    """An engine sees float32 weights as they are: products of theirs rounded to bfloat16 are those of another policy,
+    because an update below bfloat16's spacing reaches the one and not the other."""
+    return r.model.dtype == served_dtype(r) == "float32" and r.schedule.mode != "offline"
+
+
+def settled_train(r: Recipe) -> Train:
+    """[train] with precision "auto" settled where the engine decides it."""
+    if r.train.precision == "auto" and _is_exactly_served(r):
+        return dataclasses.replace(r.train, precision="float32")
+    return r.train
+
+
+def _check_precision(r: Recipe) -> None:
+    if r.train.precision == "bfloat16" and _is_exactly_served(r):
+        raise ConfigError(
+            'train.precision = "bfloat16" with an engine in float32: updates below bfloat16\'s spacing would reach the '
+            'engine and not the trainer; set rollout.engine_dtype = "bfloat16", or precision = "float32"'
+        )
 
 
 def _check_built(r: Recipe) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from oapl_engine.config import ConfigError, Model, Recipe, RunError
+from oapl_engine.config import ConfigError, Model, Recipe, RunError, settled_train
 from oapl_engine.report.display import Display
 from oapl_engine.report.metrics import MetricsWriter
 from oapl_engine.report.stopwatch import Stopwatch
@@ -45,7 +45,8 @@ def open_learner(recipe: Recipe, model: Model, run_dir: Path, display: Display, 
             f"{newest.path} was written by {newest.extra['world']} ranks, now there are {ranks.world}: start torchrun "
             f"with --nproc-per-node {newest.extra['world']}, or name a new run.dir"
         )
-    policy = checkpoint.resume_policy(newest, model, recipe.train) if newest else load_policy(model, recipe.train)
+    train = settled_train(recipe)
+    policy = checkpoint.resume_policy(newest, model, train) if newest else load_policy(model, train)
     optimizer = make_optimizer(policy, recipe.optimizer)
     if newest:
         checkpoint.restore(newest, policy, optimizer)
@@ -207,7 +208,7 @@ class Learner:
 
     def _reference(self) -> Policy:
         if self.reference is None:
-            self.reference = load_policy(self.model, self.recipe.train)
+            self.reference = load_policy(self.model, settled_train(self.recipe))
             self.reference.model.requires_grad_(False)
         return self.reference
 

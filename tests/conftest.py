@@ -13,7 +13,9 @@ FIGURES: dict[str, object] = {}
 
 
 def pytest_addoption(parser):
-    parser.addoption("--proofs", help="JSON file that keeps the figures that tests measured; those of tests not run now stay")
+    parser.addoption(
+        "--proofs", help="JSON file that keeps the figures that tests measured; those of tests not run now stay"
+    )
 
 
 def pytest_collection_modifyitems(items):

@@ -62,6 +62,7 @@ def recipe(tmp_path):
         ("--lag 3", ["--section.field value"]),
         ("--data.held_out 0", ["data.held_out = 0", "evaluation.n = 0"]),
         ("--rollout.engines 2", ["rollout.engines = 2", "one engine"]),
+        ("--train.precision bfloat16", ["train.precision", "rollout.engine_dtype"]),
         ("--weights.transport pigeon", ["weights.transport", "pigeon", "memfd"]),
     ],
 )
@@ -72,6 +73,20 @@ def test_what_is_wrong_is_named(recipe, override, words):
         config.load_recipe(recipe(), shlex.split(override))
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "precision"),
+    [
+        ([], "float32"),
+        (["--rollout.engine_dtype", "bfloat16"], "auto"),
+        (["--model.dtype", "bfloat16"], "auto"),
+        (["--rollout.engine_dtype", "bfloat16", "--train.precision", "bfloat16"], "bfloat16"),
+        (["--schedule.mode", "offline", "--data.source", "jsonl", "--data.path", "x"], "auto"),
+    ],
+)
+def test_products_round_only_what_the_engine_rounds_too(recipe, overrides, precision):
+    assert config.settled_train(config.load_recipe(recipe(), overrides)).precision == precision
 
 
 def test_async_cannot_recompute(recipe):

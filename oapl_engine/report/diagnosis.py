@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from oapl_engine.config import ConfigError, Recipe, load_recipe
+from oapl_engine.config import ConfigError, Recipe, load_recipe, served_dtype, settled_train
 from oapl_engine.report.metrics import read_metrics
 from oapl_engine.rollout_log.log import RolloutLog
 
@@ -52,8 +52,8 @@ def _quarters(rows: Rows, key: str) -> tuple[float, float]:
 
 
 def _gap(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
-    exact = recipe.model.dtype == recipe.train.precision == "float32"  # "auto" may have rounded on either side
-    coarser = "float32" if exact else "bfloat16"
+    exact = served_dtype(recipe) == settled_train(recipe).precision == "float32"
+    coarser = "float32" if exact else "bfloat16"  # of the two sides
     gap, limit = _mean(rows, "logprob_gap_mean"), GAP_LIMIT[coarser]
     if gap > limit:
         yield Finding(

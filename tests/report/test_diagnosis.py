@@ -65,10 +65,11 @@ def test_a_disagreement_comes_first_and_other_objectives_have_no_beta2(run):
     assert diagnose(run(lambda s: {"beta2": 1e-3}, objective__name="grpo")) == []
 
 
-@pytest.mark.parametrize(("precision", "alarms"), [("float32", 1), ("auto", 0), ("bfloat16", 0)])
-def test_a_gap_is_judged_by_the_coarser_side(run, precision, alarms):
-    assert len(diagnose(run(lambda s: {"logprob_gap_mean": 0.03}, train__precision=precision))) == alarms
-    assert len(diagnose(run(lambda s: {"logprob_gap_mean": 0.3}, train__precision=precision))) == 1
+@pytest.mark.parametrize(("engine", "alarms"), [("float32", 1), ("auto", 1), ("bfloat16", 0)])
+def test_a_gap_is_judged_by_the_coarser_side(run, engine, alarms):
+    settings = {"rollout__engine_dtype": engine, "train__precision": "auto"}
+    assert len(diagnose(run(lambda s: {"logprob_gap_mean": 0.03}, **settings))) == alarms
+    assert len(diagnose(run(lambda s: {"logprob_gap_mean": 0.3}, **settings))) == 1
 
 
 def test_responses_without_an_answer(run, tmp_path):
