@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -145,20 +146,36 @@ def test_a_version_that_does_not_grow_is_refused(rig):
     rig.control("resume", {})
 
 
+def begin_and_see(rig, begin, finished, number):
+    """A thread whose `number` samples are running; begun again where they were over before anybody looked."""
+    for _ in range(50):
+        finished.clear()
+        thread = begin()
+        while thread.is_alive():
+            if rig.collector.call(rig.engine.client.counters())["samples_running"] >= number:
+                return thread
+    raise AssertionError(f"{number} samples were never seen running")
+
+
 def test_a_sample_that_is_kept_across_a_publish_carries_the_spans_of_both_versions(rig):
     finished = []
 
     async def generate():
         how = Sampling(max_new_tokens=110, ignore_stops=True)
-        finished.extend([s async for s in rig.engine.client.generate([5, 6, 7], 2, how)])
+        finished.extend([s async for s in rig.engine.client.generate([5, 6, 7], 64, how)])
 
     rig.publisher.on_publish = "keep"
     old = rig.version
-    thread = threading.Thread(target=lambda: rig.collector.call(generate()))
-    thread.start()
-    while not rig.collector.call(rig.engine.client.counters())["samples_running"]:
-        pass
-    rig.change()
+
+    def begin():
+        thread = threading.Thread(target=lambda: rig.collector.call(generate()))
+        thread.start()
+        return thread
+
+    rig.change()  # the trainer's weights; little time is left once the samples run
+    rig.greedy_of_engine()  # what is compiled at a first request is compiled
+    thread = begin_and_see(rig, begin, finished, 64)
+    time.sleep(0.15)  # of about 0.6 s: some tokens of the old version
     rig.publish()
     thread.join()
     rig.publisher.on_publish = "drain"
@@ -187,12 +204,11 @@ def test_requests_in_flight_carry_the_version_that_each_token_was_sampled_under(
         thread.start()
         return thread
 
-    threads = [begin(running, [5, 6, 7], 4)]
-    while rig.collector.call(rig.engine.client.counters())["samples_running"] < 4:
-        pass
+    threads = []
     rig.corrupt = lambda payload: threads.append(begin(late, [8, 9], 1)) if len(threads) == 1 else None
     rig.change()
     rig.publisher.on_publish = mode
+    threads.append(begin_and_see(rig, lambda: begin(running, [5, 6, 7], 4), running, 4))
     rig.publish()
     rig.publisher.on_publish = "drain"
     for thread in threads:
