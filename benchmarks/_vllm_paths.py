@@ -1,4 +1,5 @@
-"""Loaded into vLLM by benchmarks/weights.py: a memcpy beside our scatter, and vLLM's own ways to new weights."""
+"""Loaded into vLLM by benchmarks/weights.py: a memcpy and a re-pack beside our scatter, and vLLM's own ways to new
+weights."""
 
 from __future__ import annotations
 
@@ -11,15 +12,30 @@ from typing import Any
 import torch
 
 from oapl_engine.weights.receiver.extension import WeightReport
+from oapl_engine.weights.receiver.probe import LayerProbe
 
 
 class Timed(WeightReport):
-    """WeightReport that, asked for checksums after an update, copies what it brought into memory of this process."""
+    """WeightReport that, asked for checksums after an update, copies what it brought into memory of this process, and
+    packs what it brought for vLLM's own CPU kernels."""
 
     def parameter_checksums(self) -> dict[str, Any]:
-        """{"memcpy": seconds for as many bytes as the update had, from the same buckets}."""
+        """{"memcpy": seconds for as many bytes as the update had, from the same buckets; "repack": seconds to pack the
+        linear layers and the head as vLLM does where a loaded weight is final (we keep them plain, so it is extra)}."""
         update = self.weight_transfer_engine.update
-        return {"memcpy": min(self._memcpy(update) for _ in range(5))}
+        return {"memcpy": min(self._memcpy(update) for _ in range(5)), "repack": self._repack(update.model)}
+
+    @staticmethod
+    def _repack(model: torch.nn.Module) -> float:
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+        weights = {layer.weight.data_ptr(): layer.weight for layer in LayerProbe(model).layers.values()}
+        begin = time.perf_counter()
+        for weight in weights.values():  # one packed copy at a time: memory for all of them is not the question
+            layer = torch.nn.Module()
+            layer.weight = weight
+            dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+        return time.perf_counter() - begin
 
     def _memcpy(self, update: Any) -> float:
         buffers = update.inbox.buffers

@@ -241,7 +241,8 @@ class Publisher:
             check_checksums(expected, reports)
             if self.golden:
                 scores = self._sender.submit(self._score, self.golden.prompts)
-                trainer = self.golden.trainer_logprobs(self.golden.prompts)
+                with _half_of_the_cores():
+                    trainer = self.golden.trainer_logprobs(self.golden.prompts)
                 engine = scores.result()
                 if any(report["changed"] for report in reports):  # small steps of float32 may round away in bfloat16
                     check_staleness(self.golden.tolerance, engine, trainer, self._before)
@@ -256,6 +257,17 @@ class Publisher:
     def _score(self, prompts: Sequence[Sequence[int]]) -> list[Logprobs]:
         """One after another: what is batched together may round differently from publish to publish."""
         return [self.control("score", {"token_ids": list(p)}) for p in prompts]
+
+
+@contextlib.contextmanager
+def _half_of_the_cores() -> Iterator[None]:
+    """The engine scores meanwhile, and two full teams of threads on the same cores wait for each other at barriers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(-(-threads // 2))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Clock:
