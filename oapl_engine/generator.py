@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from oapl_engine.config import ConfigError, Recipe
+from oapl_engine.config import ConfigError, Recipe, RunError
 from oapl_engine.data.task import Task, load_task
 from oapl_engine.evaluation.evaluate import append_evaluation, evaluate
 from oapl_engine.inference.client import EngineLost
@@ -285,7 +285,13 @@ class Generator:
         return text
 
     def _on_group(self, group: Group) -> None:
-        """On the collector's thread: make the group durable, then tell the scheduler."""
+        """On the collector's thread: make the group durable, then tell the scheduler. Raises RunError."""
+        newest, published = max((s.version for r in group.rollouts for s in r.spans), default=0), self.learner.version
+        if newest > published:
+            raise RunError(
+                f"group {group.id} holds tokens of version {newest}, from the future: the newest that was published is "
+                f"{published}; nothing else may publish to this engine"
+            )
         self.learner.log.append(group)
         scored = group.scored()
         with self.lock:

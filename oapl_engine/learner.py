@@ -108,7 +108,8 @@ class Learner:
     def import_rollouts(self) -> None:
         """Offline: put the rollouts of the recipe's file into the log. Raises ConfigError."""
         r = self.recipe
-        limits = Limits(self.policy.vocabulary, r.sampling.max_new_tokens, tuple(r.sampling.stop_token_ids))
+        stops = tuple(r.sampling.stop_token_ids)
+        limits = Limits(self.policy.vocabulary, r.sampling.max_new_tokens, stops, r.schedule.group_size)
         file = read_rollouts(r.data.path, limits, self.policy.tokenizer)
         if not file.has_behavior and r.objective.behavior == "engine":
             raise ConfigError(f'{r.data.path} has no behaviour log-probs: set objective.behavior = "recomputed"')

@@ -5,10 +5,12 @@ import os
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from oapl_engine import config
 from oapl_engine.generator import Generator, engine_cores, list_dropped
+from oapl_engine.samples import Group, Prompt, Span, rollout_of
 from oapl_engine.scheduler import events as e
 
 
@@ -30,6 +32,17 @@ def test_a_submit_is_dealt_to_all_ranks_whose_engine_serves():
     assert shares(e.Submit(4)) == [2, 1, 1]
     assert shares(e.Submit(2)) == [0, 1, 1]
     assert shares(e.Submit(5, without=(1,))) == [3, 0, 2]
+
+
+def test_a_version_from_the_future_is_refused_before_it_is_logged():
+    logged = []
+    log = SimpleNamespace(append=logged.append)
+    generator = SimpleNamespace(learner=SimpleNamespace(version=3, log=log))
+    prompt = Prompt("p", np.array([1], np.int32), "t")
+    rollout = rollout_of(prompt, "0.p.0", 0, [2], spans=(Span(4, 0, 1),), finish="stop", status="scored", reward=1.0)
+    with pytest.raises(config.RunError, match=r"group 0\.p\.0 holds tokens of version 4.*published is 3"):
+        Generator._on_group(generator, Group("0.p.0", prompt, (rollout,), 4))
+    assert not logged
 
 
 @pytest.mark.parametrize(

@@ -43,13 +43,12 @@ class RolloutFile:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a rollout is checked against. vocabulary: rows of the head; no stop_token_ids: eos; None: not checked."""
+    """What a rollout is checked against. vocabulary: rows of the head; no stop_token_ids: eos; group_size: at least."""
 
     vocabulary: int
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
-    group_size: int | None = None
-    latest_version: int | None = None
+    group_size: int
 
 
 def read_rollouts(path: str | Path, limits: Limits, tokenizer: Any = None) -> RolloutFile:
@@ -120,7 +119,7 @@ def _ours(path: Path, rows: Iterable[Row], limits: Limits) -> RolloutFile:
         behavior = behavior and row["behavior_logprobs"] is not None
         groups.setdefault(row["group"], []).append(_our_rollout(where, row, limits))
     for name, rollouts in groups.items():
-        if limits.group_size is not None and len(rollouts) < limits.group_size:
+        if len(rollouts) < limits.group_size:
             raise ConfigError(
                 f"rollouts {path}: group {name} has {len(rollouts)} rollouts, schedule.group_size = "
                 f"{limits.group_size}; complete the file, or set schedule.group_size = {len(rollouts)}"
@@ -153,22 +152,18 @@ def _our_rollout(where: str, row: dict[str, Any], limits: Limits) -> Rollout:
         values,
         mask,
         key=row["key"],
-        spans=_spans(where, row, len(response), limits),
+        spans=_spans(where, row, len(response)),
         finish="stop" if len(response) and response[-1] in limits.stop_token_ids else "length",
         status=row["status"],
         reward=_reward(where, "reward", row["reward"]) if scored else None,
     )
 
 
-def _spans(where: str, row: dict[str, Any], tokens: int, limits: Limits) -> tuple[Span, ...]:
+def _spans(where: str, row: dict[str, Any], tokens: int) -> tuple[Span, ...]:
     """The export keeps the first and the last version only; the first counts, so that lag is never understated."""
     first, last = row["version_first"], row["version_last"]
     if not (isinstance(first, int) and isinstance(last, int) and 0 <= first <= last):
         raise ConfigError(f"{where}: version_first = {first}, version_last = {last}; wanted 0 <= first <= last")
-    if limits.latest_version is not None and last > limits.latest_version:
-        raise ConfigError(
-            f"{where}: version {last} is from the future; the newest published is {limits.latest_version}"
-        )
     return (Span(first, 0, tokens),)
 
 

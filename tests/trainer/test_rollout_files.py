@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from oapl_engine.config import ConfigError
 from oapl_engine.trainer.rollout_files import Limits, read_rollouts
 
-LIMITS = Limits(vocabulary=97, max_new_tokens=16, stop_token_ids=(2,), group_size=2, latest_version=5)
+LIMITS = Limits(vocabulary=97, max_new_tokens=16, stop_token_ids=(2,), group_size=2)
 
 
 def row(sample=0, **fields):
@@ -59,7 +59,7 @@ def test_our_export(kind, tmp_path):
 def test_stop_is_eos_by_default(model_folder, tmp_path):
     """A recipe without stop_token_ids means the tokenizer's eos (2 here), as for the engine."""
     path = write(tmp_path / "r.jsonl", [row(0), row(1, response_token_ids=[9], behavior_logprobs=[-2.0])])
-    found = read_rollouts(path, Limits(97, 16, ()), AutoTokenizer.from_pretrained(model_folder()))
+    found = read_rollouts(path, Limits(97, 16, (), 1), AutoTokenizer.from_pretrained(model_folder()))
     assert [r.finish for r in found.groups[0].rollouts] == ["stop", "length"]
 
 
@@ -85,7 +85,6 @@ BAD = {
     "token out of range": ({"response_token_ids": [7, 97, 2]}, r"response_token_ids holds 97; .* 0 to 96"),
     "token negative": ({"prompt_token_ids": [-1]}, r"prompt_token_ids holds -1"),
     "token text": ({"response_token_ids": ["7"]}, r"response_token_ids must be a list of integers"),
-    "future version": ({"version_last": 6}, r"version 6 is from the future; the newest published is 5"),
     "versions swapped": ({"version_first": 5}, r"version_first = 5, version_last = 4"),
     "reward NaN": ({"reward": math.nan}, r"reward = nan; a scored rollout needs a finite number"),
     "reward infinite": ({"reward": math.inf}, r"reward = inf"),
