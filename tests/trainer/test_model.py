@@ -15,6 +15,7 @@ from oapl_engine.config import ConfigError
 from oapl_engine.trainer.layout import LAYOUTS
 from oapl_engine.trainer.model import Policy, choose_layout, load_policy
 from oapl_engine.trainer.packing import pack
+from oapl_engine.trainer.score import score
 from oapl_engine.trainer.step import accumulate_gradients
 
 CPU = torch.device("cpu")
@@ -36,6 +37,23 @@ def test_auto_precision_follows_the_hardware(model_folder):
     able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     assert load(model_folder()).matmul_dtype == (torch.bfloat16 if able else torch.float32)
     assert load(model_folder(), {"dtype": "bfloat16"}).matmul_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("precision", "sees"), [("bfloat16", False), ("float32", True)])
+def test_products_in_bfloat16_are_blind_to_updates_below_its_spacing(model_folder, groups, precision, sees):
+    """Why a float32 engine refuses them: it would see these updates, the trainer would not (config.served_dtype)."""
+    policy = load(model_folder(), precision=precision)
+    products = [p for name, p in policy.model.named_parameters() if name.endswith("_proj.weight")]
+    with torch.no_grad():
+        for weight in products:
+            weight.copy_(weight.bfloat16())  # as in most checkpoints
+    some = [groups.make(0, 5, (4, 6))]
+    before = score(policy, some, temperature=1.0, token_budget=512)
+    with torch.no_grad():
+        for weight in products:
+            weight.mul_(1 + 2**-10)  # a quarter of bfloat16's spacing at most
+    after = score(policy, some, temperature=1.0, token_budget=512)
+    assert any(not np.array_equal(before[key], after[key]) for key in before) == sees
 
 
 def edit_config(folder, **fields):
