@@ -75,7 +75,8 @@ def map_cells(rows: dict[str, dict[str, Any]], seeds: int) -> list[Cell]:
 
 
 def variant_cells(rows: dict[str, dict[str, Any]], seeds: int) -> list[Cell]:
-    """OAPL as tuned for the lag, with one thing changed."""
+    """OAPL as tuned for the lag, with one thing changed; and the strongest other with what saves generations."""
+    epochs = {"4 epochs a window": {"schedule.allowance": 4}}
     changes: dict[str, dict[str, Any]] = {
         "beta1 = 1": {"objective.beta1": 1.0},
         "beta1 = inf": {"objective.beta1": math.inf},
@@ -83,11 +84,12 @@ def variant_cells(rows: dict[str, dict[str, Any]], seeds: int) -> list[Cell]:
         "publish by drift, 0.2 nats": {"schedule.max_kl": 0.2},
         "async, window 2": {"schedule.mode": "async", "schedule.window": 2},
         "equal groups kept": {"objective.equal_groups": "keep"},
-        "4 epochs a window": {"schedule.allowance": 4},
+        **epochs,
     }
     return [
-        _cell(f"variant/{name}", "OAPL", lag, seed, SETTINGS["OAPL"][best_setting(rows, "OAPL", lag)] | change)
-        for seed, lag, (name, change) in itertools.product(range(seeds), (64, 200), changes.items())
+        _cell(f"variant/{name}", objective, lag, seed, SETTINGS[objective][best_setting(rows, objective, lag)] | change)
+        for objective, varied in (("OAPL", changes), ("GRPO-clip", epochs))
+        for seed, lag, (name, change) in itertools.product(range(seeds), (64, 200), varied.items())
     ]
 
 

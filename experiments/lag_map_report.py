@@ -6,6 +6,7 @@ Intervals are one standard error over seeds; where there is one seed, over probl
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -80,14 +81,14 @@ def map_table(rows: dict[str, Row], k: int = 1) -> list[str]:
 
 
 def variant_table(rows: dict[str, Row]) -> list[str]:
-    """OAPL with one thing changed."""
-    lines = ["| OAPL, final pass@1 | L=64 | L=200 |", "|---|---|---|"]
+    """OAPL and the strongest other with one thing changed."""
+    lines = ["| final pass@1 | L=64 | L=200 |", "|---|---|---|"]
     kinds = sorted({r["kind"] for r in rows.values() if r["kind"].startswith("variant/")})
-    for kind in ("map", *kinds):
-        found = [select(rows.values(), kind=kind, objective="OAPL", lag=lag) for lag in (64, 200)]
-        lines.append(
-            f"| {kind.removeprefix('variant/').replace('map', 'as tuned')} | {' | '.join(map(shown, found))} |"
-        )
+    for objective, kind in itertools.product(("OAPL", "GRPO-clip"), ("map", *kinds)):
+        found = [select(rows.values(), kind=kind, objective=objective, lag=lag) for lag in (64, 200)]
+        if any(found):
+            name = kind.removeprefix("variant/").replace("map", "as tuned")
+            lines.append(f"| {objective}, {name} | {' | '.join(map(shown, found))} |")
     return lines
 
 
@@ -214,6 +215,7 @@ def _generations(rows: dict[str, Row], folder: Path) -> Path:
         ("OAPL", 64, "map", "OAPL, L=64"),
         ("OAPL", 400, "map", "OAPL, two offline rounds (L=400)"),
         ("OAPL", 64, "variant/4 epochs a window", "OAPL, L=64, 4 epochs a window"),
+        ("GRPO-clip", 64, "variant/4 epochs a window", "GRPO-clip, L=64, 4 epochs a window"),
     ]
     for objective, lag, kind, label in shown:
         found = select(rows.values(), kind=kind, objective=objective, lag=lag)
