@@ -21,7 +21,7 @@ from experiments.cells import ROOT, as_overrides, read_rows
 from experiments.lag_map import DATA, RECIPE, SETTINGS, best_setting
 from oapl_engine.report.metrics import read_evaluations, read_metrics
 
-SHOWN = ("OAPL", "GRPO-clip", "GRPO uncorrected")
+SHOWN = {"OAPL": ("green", "o"), "GRPO-clip": ("blue", "x"), "GRPO uncorrected": ("red", ".")}  # with color, without
 LAG, STEPS = 200, 400
 SMOOTH = 20  # steps in the running mean
 PLAIN_SECONDS = 10.0
@@ -41,7 +41,7 @@ def start(runs: Path, steps: int, lag: int, held_out: int) -> dict[str, subproce
         }  # fmt: skip
         command = [sys.executable, "-m", "oapl_engine.cli", "train", RECIPE, "--run.dir", str(folder)]
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "demo.log", "wb") as log:
+        with open(_log(runs, name), "wb") as log:
             started[name] = subprocess.Popen(
                 [*command, *as_overrides(settings)],
                 cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -67,7 +67,7 @@ def curves(runs: Path) -> Curves:
     return found
 
 
-def terminal_plot(found: Mapping[str, np.ndarray], steps: int, width: int = 100, height: int = 22) -> str:
+def terminal_plot(found: Mapping[str, np.ndarray], steps: int, color: bool, width: int = 100, height: int = 22) -> str:
     """The curves as text."""
     import plotext
 
@@ -76,13 +76,13 @@ def terminal_plot(found: Mapping[str, np.ndarray], steps: int, width: int = 100,
     plotext.theme("clear")
     for name, curve in found.items():
         if len(curve):
-            plotext.plot(
-                list(range(1, len(curve) + 1)), curve.tolist(), label=f"{name} {curve[-1]:.3f}", marker="braille"
-            )
+            hue, mark = SHOWN[name]
+            label, marker = f"{name} {curve[-1]:.3f}", "braille" if color else mark
+            plotext.plot(list(range(1, len(curve) + 1)), curve.tolist(), label=label, marker=marker, color=hue)
     plotext.xlim(0, steps)
     plotext.title(f"training reward, mean of {SMOOTH} steps")
     text = str(plotext.build())
-    return text if sys.stdout.isatty() else str(plotext.uncolorize(text))
+    return text if color else str(plotext.uncolorize(text))
 
 
 def watch(runs: Path, started: Mapping[str, subprocess.Popen[bytes]], steps: int) -> None:
@@ -90,16 +90,26 @@ def watch(runs: Path, started: Mapping[str, subprocess.Popen[bytes]], steps: int
     live, last = sys.stdout.isatty(), 0.0
     while any(process.poll() is None for process in started.values()):
         found = curves(runs)
+        states = [f"{name}: step {len(c)}/{steps}, {_doing(runs, name)}" for name, c in found.items()]
         if live:
-            print(f"\x1b[H\x1b[2J{terminal_plot(found, steps)}", flush=True)
+            print(f"\x1b[H\x1b[2J{terminal_plot(found, steps, True)}", *states, sep="\n", flush=True)
         elif time.monotonic() - last > PLAIN_SECONDS:
             last = time.monotonic()
-            print("  ".join(f"{name}: step {len(c)}/{steps}" for name, c in found.items()), flush=True)
+            print(*states, sep="   ", flush=True)
         time.sleep(1.0)
     for name, process in started.items():
         if process.returncode:
-            log = runs / name.replace(" ", "_") / "demo.log"
-            sys.exit(f"error: {name} ended with {process.returncode}:\n{log.read_text()[-800:]}")
+            sys.exit(f"error: {name} ended with {process.returncode}:\n{_log(runs, name).read_text()[-800:]}")
+
+
+def _log(runs: Path, name: str) -> Path:
+    return runs / name.replace(" ", "_") / "demo.log"
+
+
+def _doing(runs: Path, name: str) -> str:
+    """The last thing that a run said."""
+    said = _log(runs, name).read_text().splitlines()
+    return said[-1][:60] if said else "starting"
 
 
 def picture(found: Mapping[str, np.ndarray], out: Path) -> None:
@@ -108,7 +118,7 @@ def picture(found: Mapping[str, np.ndarray], out: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, curve in found.items():
-        axes.plot(range(1, len(curve) + 1), curve, label=name)
+        axes.plot(range(1, len(curve) + 1), curve, label=name, color=f"tab:{SHOWN[name][0]}")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(f"training reward, mean of {SMOOTH} steps")
     axes.legend()
@@ -135,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
                 process.wait()
     found = curves(runs)
     picture(found, runs / "demo.svg")
-    print(terminal_plot(found, arguments.steps))
+    print(terminal_plot(found, arguments.steps, sys.stdout.isatty()))
     for name in SHOWN:
         rows = read_evaluations(runs / name.replace(" ", "_"))
         before, after = rows[0], rows[max(rows)]
