@@ -17,6 +17,7 @@ from oapl_engine.rollout_log.log import RolloutLog
 
 GAP_LIMIT = {"float32": 1e-3, "bfloat16": 0.15}  # nats; same weights give 2e-5 in fp32, 0.03 in bf16 (weights.md)
 HOT_NATS = 1.0  # KL(π_vllm‖π) a token inside one window
+LAG_LIMIT = 8  # steps that a rollout may be old without any correction
 EQUAL_SHARE, TRUNCATED_SHARE, UNPARSED_SHARE, IDLE_SHARE = 0.8, 0.3, 0.2, 0.5
 
 Rows = Sequence[dict[str, Any]]
@@ -110,6 +111,17 @@ def _hot(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
         )
 
 
+def _uncorrected(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
+    lag = max(row["lag_mean"] for row in rows)
+    if not recipe.objective.options.get("corrected", True) and lag >= LAG_LIMIT:
+        yield Finding(
+            "the objective takes old rollouts for the policy's own",
+            f"objective.options.corrected = false with rollouts up to {lag:.0f} steps old (limit {LAG_LIMIT})",
+            'objective.name = "oapl", or corrected = true, or a smaller schedule.lag (docs/results.md: from L = 16 on '
+            "it does not learn)",
+        )
+
+
 def _scale(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
     """β2·Δ against A: Δ is a sum over the response, so β2 must fit its length (algorithm.md)."""
     if recipe.objective.name not in ("oapl", "kimi"):
@@ -163,4 +175,4 @@ def _unparsed(run_dir: Path) -> Iterator[Finding]:
         )
 
 
-RULES = (_gap, _refused, _equal_groups, _truncation, _hot, _scale, _idle)
+RULES = (_gap, _refused, _equal_groups, _uncorrected, _truncation, _hot, _scale, _idle)

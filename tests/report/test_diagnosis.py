@@ -59,6 +59,14 @@ def test_a_cause_is_named_with_its_figures(run, words, change):
     assert any(c.isdigit() for c in found.evidence)
 
 
+def test_an_uncorrected_objective_under_lag_is_named(run):
+    (found,) = diagnose(run(objective__name="grpo", objective__options__corrected="false"))
+    assert "for the policy's own" in found.cause
+    assert "15 steps old" in found.evidence
+    fresh = run(lambda s: {"lag_mean": 0}, objective__name="grpo", objective__options__corrected="false")
+    assert diagnose(fresh) == []
+
+
 def test_a_disagreement_comes_first_and_other_objectives_have_no_beta2(run):
     causes = [f.cause for f in diagnose(run(lambda s: {"logprob_gap_mean": 1.0, "truncated_share": 0.9}))]
     assert ["disagree" in causes[0], "cut off" in causes[1]] == [True, True]
