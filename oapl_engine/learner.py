@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from oapl_kernels.weight_pack import checksum_all, combined
 
 from oapl_engine.config import ConfigError, Model, Recipe, RunError, settled_train
 from oapl_engine.report.display import Display
@@ -166,13 +167,23 @@ class Learner:
             self.display.say(f"step {command.step} skipped: {result.reason}")
         self.journal.dispose({key: f"dropped:{rule}" for key, rule in dropped.items()})
         used = list(data.keys) if result and result.stepped else []
-        self.journal.done(command.step, self.version, command.keys, used)
+        self._journal_done(command, used)
         row = self._row(groups, data, result)
         if self.metrics:
             self.display.show_step(self.metrics.write(row))
         ratio = result.metrics["log_ratio_mean"] if result and result.stepped else None
         # The rollouts are samples of π_vllm, so the mean of ln π_vllm - ln π over them estimates KL(π_vllm‖π).
         return e.StepDone(command.step, None if ratio is None else -ratio)
+
+    def _journal_done(self, command: e.Train, used: list[str]) -> None:
+        weights = [p.detach().contiguous() for p in self.policy.trainable().values()]
+        found = combined(checksum_all(weights))
+        before = self.journal.done(command.step, self.version, command.keys, used, found)
+        if before != found:
+            self.display.say(
+                f"step {command.step}, replayed, gave weights {found} where it gave {before} before: another "
+                "instruction set, number of threads or version of a library; the run goes on with the new ones"
+            )
 
     def _held(self, keys: Sequence[str]) -> list[Group]:
         """Of these groups the ones in this rank's log. Alone it must have all: KeyError."""

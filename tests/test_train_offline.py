@@ -3,7 +3,10 @@
 import fcntl
 import json
 import os
+import re
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -79,12 +82,25 @@ def test_a_killed_run_resumes_to_the_same_weights(oapl, arguments, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert 14 <= len(read_metrics(metrics)) < 24
-    assert oapl(*arguments("killed", checkpoint__every=10)).returncode == 0
+    resumed = oapl(*arguments("killed", checkpoint__every=10))
+    assert resumed.returncode == 0
+    assert "replayed" not in resumed.stderr, "a replayed step gave other weights than before"
     whole, killed = (load_newest(tmp_path / run / "checkpoints") for run in ("whole", "killed"))
     assert whole.step == killed.step == 24
     assert whole.weight_hash == killed.weight_hash
     rows = [json.loads(r) for r in oapl("rollouts", tmp_path / "killed").stdout.splitlines()]
     assert max(len(row["trained_steps"]) for row in rows) <= 4, "a rollout was used beyond its allowance"
+
+
+def test_a_replay_that_gives_other_weights_is_told(oapl, arguments, tmp_path):
+    assert oapl(*arguments(schedule__steps=4, checkpoint__every=2)).returncode == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000004")
+    with sqlite3.connect(tmp_path / "run" / "journal.sqlite") as journal:
+        journal.execute("UPDATE step SET weight_hash = 'other' WHERE step = 3 AND state = 'done'")
+    resumed = oapl(*arguments(schedule__steps=4, checkpoint__every=2))
+    assert resumed.returncode == 0
+    assert re.search(r"step 3, replayed, gave weights [0-9a-f]{16} where it gave other before", resumed.stderr)
+    assert "step 4, replayed" not in resumed.stderr
 
 
 def test_a_resumed_learner_knows_the_version_that_serves(arguments, tmp_path):

@@ -5,6 +5,8 @@ h_k = sum_i fmix32(w_i xor fmix32(i + SEEDS[k])) mod 2^32 for k = 0, 1, returned
 order of words, is summed in parallel, and is the same on every backend.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -87,6 +89,12 @@ def checksum_all(payloads: list[Tensor]) -> list[int]:
         digests = torch.stack([digest(payload) for payload in payloads]).cpu().to(torch.int64) & 0xFFFFFFFF
         return [low | high << 32 for low, high, _ in digests.tolist()]
     return [low | high << 32 for low, high in _checksums_on_cpu(payloads)]
+
+
+def combined(values: Iterable[int]) -> str:
+    """16 hex digits of many checksums together: the halves' sums mod 2^32, whatever their order."""
+    low, high = np.array([(v & 0xFFFFFFFF, v >> 32) for v in values], np.uint64).reshape(-1, 2).sum(0) & 0xFFFFFFFF
+    return f"{int(low) | int(high) << 32:016x}"
 
 
 def unpack(payloads: list[Tensor], destinations: list[Tensor], expected: list[int]) -> None:

@@ -15,7 +15,7 @@ CREATE TABLE IF NOT EXISTS "use"(key TEXT NOT NULL, step INTEGER NOT NULL, PRIMA
 CREATE TABLE IF NOT EXISTS disposition(key TEXT NOT NULL, "column" TEXT NOT NULL, PRIMARY KEY(key, "column"));
 CREATE TABLE IF NOT EXISTS tokens(incarnation INTEGER NOT NULL, "column" TEXT NOT NULL, n INTEGER NOT NULL);
 """
-STEP = "INSERT OR IGNORE INTO step VALUES (?, ?, ?, ?, ?, NULL)"
+STEP = "INSERT OR IGNORE INTO step VALUES (?, ?, ?, ?, ?, ?)"
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,15 @@ class Journal(Database):
 
     def intent(self, step: int, version: int, groups: tuple[str, ...], rng: str) -> None:
         """Before the weights change: this step will train these groups. A replayed step keeps its first row."""
-        self.write((STEP, [(step, version, json.dumps(groups), rng, "intent")]))
+        self.write((STEP, [(step, version, json.dumps(groups), rng, "intent", None)]))
 
-    def done(self, step: int, version: int, groups: tuple[str, ...], used: list[str]) -> None:
-        """After the weights changed; `used` are the rollout keys that took part in the loss."""
-        row = (step, version, json.dumps(groups), "", "done")
+    def done(self, step: int, version: int, groups: tuple[str, ...], used: list[str], weight_hash: str) -> str:
+        """After the weights changed; `used` are the rollout keys that took part in the loss. Returns the weights' hash
+        when this step was done first: another one than given, and a replay did not give the same weights."""
+        row = (step, version, json.dumps(groups), "", "done", weight_hash)
         self.write((STEP, [row]), ('INSERT OR IGNORE INTO "use" VALUES (?, ?)', [(key, step) for key in used]))
+        ((first,),) = self.rows("SELECT weight_hash FROM step WHERE step = ? AND state = 'done'", step)
+        return first or weight_hash
 
     def published(self, version: int, step: int, weight_hash: str, incarnation: int) -> None:
         self.write(("INSERT INTO published VALUES (?, ?, ?, ?)", [(version, step, weight_hash, incarnation)]))

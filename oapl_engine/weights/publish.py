@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from oapl_kernels.weight_pack import pack_all
+from oapl_kernels.weight_pack import combined, pack_all
 
 from oapl_engine.weights.attest import (
     Gap,
@@ -105,10 +105,8 @@ class Publisher:
         for phase in reports[0]["seconds"]:
             clock.seconds[phase] = max(report["seconds"][phase] for report in reports)
         changed = sum(r["changed"] for r in reports) / sum(r["elements"] for r in reports)
-        digest = sum(v & 0xFFFFFFFF for v in expected.values()) & 0xFFFFFFFF
-        digest |= (sum(v >> 32 for v in expected.values()) & 0xFFFFFFFF) << 32
         sent = sum(p.count for p in self._layout.pieces) * self.dtype.itemsize
-        return PublishReport(version, clock.seconds, sent, changed, f"{digest:016x}", gap)
+        return PublishReport(version, clock.seconds, sent, changed, combined(expected.values()), gap)
 
     def engine_restarted(self) -> None:
         """The engine is a new process: record the plan and attach new buckets at the next publish."""

@@ -107,7 +107,7 @@ def test_journal_survives_and_a_replayed_step_changes_nothing(tmp_path):
     journal.published(0, 0, "aa", 0)
     for _ in range(2):
         journal.intent(1, 0, ("g1", "g2"), "rng")
-        journal.done(1, 0, ("g1", "g2"), ["g1.0", "g2.0"])
+        journal.done(1, 0, ("g1", "g2"), ["g1.0", "g2.0"], "aa")
     journal.intent(2, 0, ("g3",), "rng")
     again = Journal(tmp_path / "journal.sqlite")
     assert [(s.step, s.groups, s.done) for s in again.steps()] == [(1, ("g1", "g2"), True), (2, ("g3",), False)]
@@ -126,7 +126,8 @@ def test_ledger_puts_every_token_in_one_column_however_often_it_is_read(tmp_path
         log.append(make_group(name, status))
         kept.read()
     assert kept.read()["waiting"] == 9
-    journal.done(1, 0, ("0.pa.0",), ["0.pa.0.0", "0.pa.0.1"])
+    assert journal.done(1, 0, ("0.pa.0",), ["0.pa.0.0", "0.pa.0.1"], "aa") == "aa"
+    assert journal.done(1, 0, ("0.pa.0",), [], "bb") == "aa", "a replay keeps and returns what was first"
     journal.dispose(dict.fromkeys(["0.pb.0.0", "0.pb.0.1"], "dropped:equal_rewards"))
     journal.count_tokens(0, "evaluation", 7)
     expected = {"trained": 3, "dropped:equal_rewards": 3, "aborted": 3, "invalid": 3, "waiting": 3, "evaluation": 7}
@@ -135,7 +136,7 @@ def test_ledger_puts_every_token_in_one_column_however_often_it_is_read(tmp_path
         assert columns == {**expected, "cleared": 0, "lost": 8}
         assert sum(columns.values()) == 30
         assert ledger.generated() == 15
-    journal.done(2, 0, ("0.pa.0",), ["0.pa.0.0"])  # a second epoch
+    journal.done(2, 0, ("0.pa.0",), ["0.pa.0.0"], "cc")  # a second epoch
     journal.dispose({"0.pa.0.0": "cleared"})
     assert kept.read(30) == columns
     json.dumps(columns)
