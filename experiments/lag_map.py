@@ -75,8 +75,10 @@ def map_cells(rows: dict[str, dict[str, Any]], seeds: int) -> list[Cell]:
 
 
 def variant_cells(rows: dict[str, dict[str, Any]], seeds: int) -> list[Cell]:
-    """OAPL as tuned for the lag, with one thing changed; and the strongest other with what saves generations."""
+    """OAPL as tuned for the lag, with one thing changed; the strongest other with what saves generations; and whether
+    the learning rate, which was tuned at L = 16, is what holds OAPL back at L = 1."""
     epochs = {"4 epochs a window": {"schedule.allowance": 4}}
+    half_rate = {"learning rate 1e-4": {LR: 1e-4}}
     changes: dict[str, dict[str, Any]] = {
         "beta1 = 1": {"objective.beta1": 1.0},
         "beta1 = inf": {"objective.beta1": math.inf},
@@ -86,10 +88,11 @@ def variant_cells(rows: dict[str, dict[str, Any]], seeds: int) -> list[Cell]:
         "equal groups kept": {"objective.equal_groups": "keep"},
         **epochs,
     }
+    varied_at = (("OAPL", (64, 200), changes), ("GRPO-clip", (64, 200), epochs), ("OAPL", (1,), half_rate))
     return [
         _cell(f"variant/{name}", objective, lag, seed, SETTINGS[objective][best_setting(rows, objective, lag)] | change)
-        for objective, varied in (("OAPL", changes), ("GRPO-clip", epochs))
-        for seed, lag, (name, change) in itertools.product(range(seeds), (64, 200), varied.items())
+        for objective, lags, varied in varied_at
+        for seed, lag, (name, change) in itertools.product(range(seeds), lags, varied.items())
     ]
 
 

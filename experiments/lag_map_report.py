@@ -82,10 +82,11 @@ def map_table(rows: dict[str, Row], k: int = 1) -> list[str]:
 
 def variant_table(rows: dict[str, Row]) -> list[str]:
     """OAPL and the strongest other with one thing changed."""
-    lines = ["| final pass@1 | L=64 | L=200 |", "|---|---|---|"]
+    lags = (1, 64, 200)
+    lines = [f"| final pass@1 | {' | '.join(f'L={lag}' for lag in lags)} |", "|---|---|---|---|"]
     kinds = sorted({r["kind"] for r in rows.values() if r["kind"].startswith("variant/")})
     for objective, kind in itertools.product(("OAPL", "GRPO-clip"), ("map", *kinds)):
-        found = [select(rows.values(), kind=kind, objective=objective, lag=lag) for lag in (64, 200)]
+        found = [select(rows.values(), kind=kind, objective=objective, lag=lag) for lag in lags]
         if any(found):
             name = kind.removeprefix("variant/").replace("map", "as tuned")
             lines.append(f"| {objective}, {name} | {' | '.join(map(shown, found))} |")
