@@ -6,11 +6,19 @@ import sys
 
 import pytest
 
+from benchmarks import weights
 from tests.conftest import ROOT
 
-pytestmark = [pytest.mark.live, pytest.mark.slow]
+
+def test_the_page_shows_the_data(capsys):
+    assert weights.main(["--show", str(ROOT / "benchmarks" / "data" / "weights.json")]) == 0
+    shown = capsys.readouterr().out.strip()
+    assert shown in (ROOT / "docs" / "weights.md").read_text()
+    assert len(shown.splitlines()) > 20
 
 
+@pytest.mark.live
+@pytest.mark.slow
 def test_every_transport_and_every_rival_is_measured(tmp_path):
     path = tmp_path / "weights.json"
     path.write_text("{}")
