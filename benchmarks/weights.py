@@ -127,19 +127,19 @@ def publishes(folder: str, model: Any, rounds: int, scratch: Path) -> dict[str, 
             publisher = Publisher(model.named_parameters, control, BUCKET, golden=golden, make_buckets=make)
             if way == IN_TURN:
                 publisher._sender = InTurn()  # type: ignore[assignment]
-            reports, beside = [], []
+            reports, timed = [], []
             for _ in range(rounds + 1):
                 change(model)
                 version += 1
                 reports.append(publisher.publish(version))
-                beside.append(control("inspect", {})["reports"][0])
+                timed.append(control("inspect", {})["reports"][0])
             names = reports[-1].seconds
             found[way] = {n: statistics.median(r.seconds[n] for r in reports[1:] if n in r.seconds) for n in names}
             found[way] |= {"first": reports[0].seconds["total"], "changed_share": reports[-1].changed_share}
             found[way]["score"] = statistics.median(
                 _seconds(control, "score", {"token_ids": prompts[0]}) for _ in range(5)
             )
-            found[way] |= {name: statistics.median(b[name] for b in beside[1:]) for name in ("memcpy", "repack")}
+            found[way] |= {name: statistics.median(t[name] for t in timed[1:]) for name in ("memcpy", "repack")}
             publisher.close()
         collector.close()
     return found
