@@ -4,6 +4,7 @@ A step's groups go to every rank (token ids: small), so all find the same advant
 trains a share of nearly equal tokens, and gradients are summed. Messages travel over gloo as tensors; nothing pickles.
 """
 
+import atexit
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ def join_ranks() -> Ranks:
     store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    atexit.register(dist.destroy_process_group)  # else gloo's threads may abort a run that is done
     return Ranks(dist.get_rank(), world)
 
 
