@@ -3,7 +3,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oapl_kernels import weight_pack
-from oapl_kernels.weight_pack import checksum, checksum_all, checksums, copy_changed, digest, pack, pack_all, unpack
+from oapl_kernels.weight_pack import (
+    checksum,
+    checksum_all,
+    checksums,
+    combined,
+    copy_changed,
+    digest,
+    pack,
+    pack_all,
+    unpack,
+)
 
 
 def formula(data: bytes) -> int:
@@ -87,6 +97,12 @@ def test_copy_counts_what_changed(implementation, dtype):
     if dtype.is_floating_point:
         zero, minus = torch.zeros(1, dtype=dtype), -torch.zeros(1, dtype=dtype)
         assert copy_changed([minus], [zero]) == 1  # equal as values, not as bits
+
+
+def test_combined_checksums_wrap_each_half_and_forget_the_order():
+    assert combined([0xFFFFFFFF_00000001, 0x00000002_FFFFFFFF]) == combined([0x00000002_FFFFFFFF, 0xFFFFFFFF_00000001])
+    assert combined([0xFFFFFFFF_00000001, 0x00000002_FFFFFFFF]) == "0000000100000000"
+    assert combined([0x1, 0x2]) != combined([0x1, 0x3])
 
 
 def test_copy_refuses_what_it_cannot_count():
