@@ -12,7 +12,7 @@ from oapl_engine.scheduler import events as e
 from oapl_engine.scheduler.simulate import Machine
 
 
-def machine_of(records: Iterable[list[tuple[float, driver.Message]]], group_size: int, slots: int = 256) -> Machine:
+def fit_machine(records: Iterable[list[tuple[float, driver.Message]]], group_size: int, slots: int = 256) -> Machine:
     """The machine on which these runs took place, from their timed records (driver.read_timed_record).
 
     Costs are means over the runs. Engine speed comes from bursts of generation: a Submit into idle engines until its

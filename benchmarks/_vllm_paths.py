@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from oapl_engine.weights.receiver.extension import WeightReport
-from oapl_engine.weights.receiver.probe import LayerProbe
+from oapl_engine.weights.receiver.layer_check import LayerProbe
 
 
 class Timed(WeightReport):

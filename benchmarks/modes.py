@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks._machine import machine_of
+from benchmarks._machine import fit_machine
 from oapl_engine.config import load_recipe
 from oapl_engine.report.metrics import read_metrics
 from oapl_engine.scheduler import events as e
@@ -75,8 +75,8 @@ def report(folder: Path, names: list[str]) -> dict[str, Any]:
     records = {name: read_timed_record(folder / name / "events.jsonl") for name in names}
     settings = {name: settings_of(load_recipe(folder / name / "config.toml")) for name in names}
     groups = load_recipe(folder / names[0] / "config.toml").schedule.group_size
-    machines = {name: machine_of([records[name]], groups) for name in names if name != "async"}
-    machines["sync and phased"] = machine_of([records["sync"], records["phased"]], groups)
+    machines = {name: fit_machine([records[name]], groups) for name in names if name != "async"}
+    machines["sync and phased"] = fit_machine([records["sync"], records["phased"]], groups)
     print(f"{'run':18}{'seconds':>9}{'tokens':>9}{'tokens/s':>10}   own simulation, ratio   foretold from: ratio")
     rows = {}
     for name in names:
@@ -102,14 +102,14 @@ def measured(run: Path, record: list[tuple[float, Any]]) -> dict[str, Any]:
     rows = read_metrics(run / "metrics.jsonl")
     phases = {phase: sum(row[f"seconds_{phase}"] or 0.0 for row in rows) for phase in PHASES}
     seconds = steps[-1] - record[0][0]
-    tokens = sum(row["tokens_trained"] or 0.0 for row in rows)
+    tokens = sum(row["tokens/trained"] or 0.0 for row in rows)
     return {
         "seconds": seconds,
-        "tokens_trained": tokens,
+        "tokens/trained": tokens,
         "tokens_per_second": tokens / seconds,
         "phases": phases,
         "phase_seconds": sum(phases.values()),
-        "lag_max": max(row["lag_max"] for row in rows),
+        "off_policy/max": max(row["off_policy/max"] for row in rows),
     }
 
 

@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks._machine import machine_of
-from oapl_engine.config import ConfigError, load_recipe
+from benchmarks._machine import fit_machine
+from oapl_engine.config import load_recipe
+from oapl_engine.errors import ConfigError
 from oapl_engine.scheduler import core
 from oapl_engine.scheduler.driver import read_timed_record
 from oapl_engine.scheduler.simulate import Machine, simulate
@@ -27,7 +28,7 @@ from oapl_engine.scheduler.simulate import Machine, simulate
 SCALES = (64, 128, 256, 512, 1024, 2048, 4096)
 SMALL = (1, 2, 8, 64)
 LAGS = {"sync": (1,), "phased": (16, 50, 200), "phased keep": (16, 50, 200), "async": (16, 50, 100, 200)}
-SPARE = 1.25  # credit of "phased keep" over what a phase trains: the slowest go on in the next phase
+SPARE = 1.25  # max_groups_ahead of "phased keep" over what a phase trains: the slowest go on in the next phase
 TRAINING_IDLE, GENERATION_IDLE = 0.03, 0.05  # the bar for 64 and more devices, L = 50, one window carried
 TRAIN_TOKENS_PER_SECOND = 7000.0  # assumed: 7B at 30 % of an H100's peak
 GPU = Machine(  # assumed: 7B, 16 samples a prompt, answers of 4k tokens in the mean and 16k at most
@@ -107,7 +108,7 @@ def cell(mode: str, devices: int, lag: int) -> dict[str, Any]:
         groups_per_step=per_step,
         lag=lag,
         window=2 if carries else 1,
-        credit=round(lag * per_step * (SPARE if mode == "phased keep" else 1)),
+        max_groups_ahead=round(lag * per_step * (SPARE if mode == "phased keep" else 1)),
         on_publish="keep" if carries else "drain",
         evaluate=False,
         engines=engines,
@@ -173,7 +174,7 @@ def of_runs(runs: list[Path]) -> dict[str, Any]:
             raise ConfigError(f"{run} holds no events.jsonl: name the directory of a run with an engine")
     recipe = load_recipe(runs[0] / "config.toml")
     records = [read_timed_record(run / "events.jsonl") for run in runs]
-    machine = machine_of(records, recipe.schedule.group_size)
+    machine = fit_machine(records, recipe.schedule.group_size)
     if not machine.crowding:
         print("these runs generated in bursts of one size: give one with another L too, or trust only this L")
     per_step, steps = recipe.schedule.groups_per_step, recipe.schedule.steps

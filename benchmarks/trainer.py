@@ -31,9 +31,9 @@ from oapl_engine import config
 from oapl_engine.samples import Batch, Rollout
 from oapl_engine.trainer import attention
 from oapl_engine.trainer.head import policy_loss
-from oapl_engine.trainer.model import DTYPES, Policy, choose_layout
 from oapl_engine.trainer.optimizer import make_optimizer
 from oapl_engine.trainer.packing import Item, pack
+from oapl_engine.trainer.policy import DTYPES, Policy, choose_packing_mode
 from oapl_engine.trainer.step import accumulate_gradients
 
 PROMPT, GROUP, SHORTEST, LONGEST = 128, 8, 32, 128
@@ -74,7 +74,7 @@ def smollm2(precision: str) -> Policy:
         tie_word_embeddings=True,
     )
     policy = Policy(LlamaForCausalLM(settings).eval(), None, torch.device("cpu"), DTYPES[precision])
-    choose_layout(policy)
+    choose_packing_mode(policy)
     policy.model.train()
     return policy
 
@@ -145,7 +145,7 @@ def _our_head(policy: Policy, item: Item, batch: Batch, ids: Tensor, mask: Tenso
 def measure(rounds: int, precision: str) -> dict[str, object]:
     extra = {kind: _in_fresh_process(kind, precision) for kind in KINDS}
     policy, item = smollm2(precision), group()
-    optimizer = make_optimizer(policy, config.Optimizer(learning_rate=1e-9))
+    optimizer = make_optimizer(policy, config.OptimizerConfig(learning_rate=1e-9))
     runs = {kind: gradient_of(kind, policy, item) for kind in KINDS}
     differences = _differences(policy, {kind: run for kind, (run, _) in runs.items()})
     seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}

@@ -38,10 +38,10 @@ from oapl_kernels import backend
 from safetensors.torch import save_file
 
 from oapl_engine.data.model_folder import SMOLLM2, resolve_model
-from oapl_engine.inference.collector import Collector
 from oapl_engine.inference.supervisor import EngineOptions, start_engine
+from oapl_engine.rollout.collector import Collector
 from oapl_engine.weights.attest import TOLERANCE, Golden
-from oapl_engine.weights.layout import lay_out
+from oapl_engine.weights.bucket_layout import lay_out
 from oapl_engine.weights.publish import Publisher
 from oapl_engine.weights.transports import make_buckets
 

@@ -25,7 +25,7 @@ from oapl_engine.report.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 CURVE = 20  # steps that a point of a kept curve is the mean of
-CURVES = ("reward_mean", "entropy", "log_ratio_std", "grad_norm", "tokens_generated")
+CURVES = ("reward/all/mean", "entropy", "log_ratio/std", "optim/grad_norm", "tokens/generated")
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,12 @@ def what_to_keep(run: Path) -> dict[str, Any]:
         for found in read_problems(run)
     ]
     rows = read_metrics(run / "metrics.jsonl")
-    kl = [-row["log_ratio_mean"] for row in rows if row["log_ratio_mean"] is not None]
+    kl = [-row["log_ratio/mean"] for row in rows if row["log_ratio/mean"] is not None]
     curves = {name: _means([row[name] for row in rows]) for name in CURVES}
-    lag = {"lag_mean": float(np.mean([row["lag_mean"] for row in rows])), "lag_max": max(r["lag_max"] for r in rows)}
+    lag = {
+        "off_policy/mean": float(np.mean([row["off_policy/mean"] for row in rows])),
+        "off_policy/max": max(r["off_policy/max"] for r in rows),
+    }
     return {
         "steps": rows[-1]["step"],
         "evaluations": evaluations,

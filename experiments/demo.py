@@ -62,7 +62,7 @@ def curves(runs: Path) -> Curves:
     found = {}
     for name in SHOWN:
         rows = read_metrics(runs / name.replace(" ", "_") / "metrics.jsonl")
-        reward = np.array([row["reward_mean"] for row in rows])
+        reward = np.array([row["reward/all/mean"] for row in rows])
         found[name] = np.array([reward[max(0, i - SMOOTH + 1) : i + 1].mean() for i in range(len(reward))])
     return found
 

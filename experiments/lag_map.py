@@ -77,7 +77,7 @@ def map_cells(rows: dict[str, dict[str, Any]], seeds: int) -> list[Cell]:
 def variant_cells(rows: dict[str, dict[str, Any]], seeds: int) -> list[Cell]:
     """OAPL as tuned for the lag, with one thing changed; the strongest other with what saves generations; and whether
     the learning rate, which was tuned at L = 16, is what holds OAPL back at L = 1."""
-    epochs = {"4 epochs a window": {"schedule.allowance": 4}}
+    epochs = {"4 epochs a window": {"schedule.max_uses": 4}}
     half_rate = {"learning rate 1e-4": {LR: 1e-4}}
     changes: dict[str, dict[str, Any]] = {
         "beta1 = 1": {"objective.beta1": 1.0},

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from oapl_engine import __version__
-from oapl_engine.config import ConfigError, Recipe, RunError, SftRecipe, describe, load_recipe, load_sft_recipe
-
-OK, FAILED, BAD_INPUT, DIFFERENCE, INTERRUPTED = 0, 1, 2, 3, 130
+from oapl_engine.config import Recipe, load_recipe
+from oapl_engine.config_file import describe
+from oapl_engine.errors import BAD_INPUT, DIFFERENCE, FAILED, INTERRUPTED, OK, ConfigError, RunError
+from oapl_engine.sft_config import SftRecipe, load_sft_recipe
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -151,7 +152,7 @@ def _eval(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Table and paired differences on stdout, progress on stderr, `pass_at_k.svg` beside the counts."""
     from rich.console import Console
 
-    from oapl_engine.evaluation import session
+    from oapl_engine.evaluation import compare as session
     from oapl_engine.evaluation.evaluate import compare
     from oapl_engine.report.figure import pass_at_k_table, plot_pass_at_k
 
@@ -194,9 +195,9 @@ def _doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
         return OK
     if not Path(arguments.weights).is_dir():
         raise ConfigError(f"--weights {arguments.weights} is no folder: name one with config.json and the weights")
-    from oapl_engine.prove_weights import prove_weights
+    from oapl_engine.doctor import check_weights
 
-    difference = prove_weights(arguments.weights)
+    difference = check_weights(arguments.weights)
     if difference:
         print(f"weights: {difference}")
     return DIFFERENCE if difference else OK

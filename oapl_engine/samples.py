@@ -3,9 +3,11 @@
 Notation as in docs: T packed tokens, N scored sequences, P groups (prompts), G rollouts a group.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -102,7 +104,7 @@ class Batch:
     mask [T] u8: 1 where target is a sampled token; behavior_logprob [T] f32 of target; prompts: one span a group;
     rows [R] i64: the rows with mask 1 (all that the head computes); cu_seqlens [N+1] i64: offsets of sequences in rows;
     cu_groups [P+1] i64: sequences of each group; advantage [N] f32; keys: N rollout keys.
-    proximal_logprob, reference_logprob [T] f32: only for objectives that ask for them (trainer.score.scored_as).
+    proximal_logprob, reference_logprob [T] f32: only for objectives that ask for them (trainer.score.fill_logprobs).
     """
 
     token_ids: NDArray[np.int64]
@@ -120,7 +122,7 @@ class Batch:
     reference_logprob: NDArray[np.float32] | None = None
 
 
-def rollout_of(
+def make_rollout(
     prompt: Prompt,
     group: str,
     sample: int,
@@ -155,3 +157,22 @@ def rollout_of(
 def group_key(epoch: int, prompt_id: str, attempt: int) -> str:
     """Group id; a rollout's key is this plus ".{sample}"."""
     return f"{epoch}.{prompt_id}.{attempt}"
+
+
+def encode_groups(groups: Sequence[Group]) -> bytes:
+    """Groups as msgpack, arrays as (dtype, bytes): what ranks send one another. decode_groups is the inverse."""
+    return msgspec.msgpack.encode(groups, enc_hook=_encode_array)
+
+
+def decode_groups(payload: bytes) -> list[Group]:
+    return msgspec.msgpack.decode(payload, type=list[Group], dec_hook=_decode_array)
+
+
+def _encode_array(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return [value.dtype.str, value.tobytes()]
+    raise TypeError(f"{type(value).__name__} does not travel between ranks")
+
+
+def _decode_array(kind: Any, value: Any) -> Any:
+    return np.frombuffer(value[1], value[0])

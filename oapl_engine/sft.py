@@ -12,10 +12,11 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from oapl_engine.config import ConfigError, SftRecipe
 from oapl_engine.data.micro import BOS, EOS, PAD, VOCABULARY, micro_tokenizer
 from oapl_engine.data.task import Task, load_task
+from oapl_engine.errors import ConfigError
 from oapl_engine.samples import Prompt
+from oapl_engine.sft_config import SftRecipe
 
 IGNORED = -100  # target of positions without loss, as in torch.nn.functional.cross_entropy
 POSITIONS = 256  # longest sequence of the model, tokens

@@ -11,17 +11,17 @@ from pathlib import Path
 
 from oapl_engine.config import Recipe
 from oapl_engine.data.model_folder import resolve_model
+from oapl_engine.distributed import join_ranks
 from oapl_engine.evaluation.evaluate import compare, read_problems
-from oapl_engine.generator import open_generator
-from oapl_engine.learner import open_learner
+from oapl_engine.orchestrator.generator import open_generator
+from oapl_engine.orchestrator.learner import open_learner
+from oapl_engine.orchestrator.run_directory import open_run, resume_state, save_recipe
 from oapl_engine.report.display import Display
 from oapl_engine.report.metrics import read_evaluations
-from oapl_engine.run_directory import keep_recipe, open_run, resume_state
 from oapl_engine.scheduler import driver
 from oapl_engine.scheduler import events as e
-from oapl_engine.scheduler.agree import listener
 from oapl_engine.scheduler.core import settings_of
-from oapl_engine.trainer.ranks import join_ranks
+from oapl_engine.scheduler.lockstep import listener
 
 
 def run_recipe(recipe: Recipe) -> int:
@@ -31,7 +31,7 @@ def run_recipe(recipe: Recipe) -> int:
     first = ranks.rank == 0
     with ExitStack() as rooms:
         run_dir = rooms.enter_context(open_run(recipe)) if first else Path(recipe.run.dir)
-        path, *_ = ranks.gather_plain(resolve_model(recipe.model.path) if first else "")  # made once, used by all
+        path = ranks.broadcast(resolve_model(recipe.model.path) if first else None)  # made once, used by all
         display = Display(recipe.schedule.steps, recipe.schedule.lag, silent=not first)
         rooms.callback(display.close)
         learner = open_learner(recipe, replace(recipe.model, path=path), run_dir, display, ranks)
@@ -49,7 +49,7 @@ def run_recipe(recipe: Recipe) -> int:
         settings = settings_of(recipe, engines=ranks.world)
         state = resume_state(settings, learner.step, learner.log, learner.journal, evaluated, ranks)
         if first:
-            keep_recipe(recipe, run_dir)
+            save_recipe(recipe, run_dir)
         record = run_dir / "events.jsonl" if first else None
         state, code = driver.drive(state, inbox, handlers, record, listener(ranks) if ranks.world > 1 else None)
         if generator and generator.failure:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PROGRAMS = ROOT / "tests" / "support" / "programs"  # run as processes of their own
 FIGURES: dict[str, object] = {}
 
 
@@ -75,8 +76,8 @@ def refused(oapl):
 @pytest.fixture(scope="session")
 def micro_model(tmp_path_factory):
     """Folder of a micro model, warmed up on sorting 6 digits (about 20 s, once a session)."""
-    from oapl_engine.config import load_sft_recipe
     from oapl_engine.sft import run_sft
+    from oapl_engine.sft_config import load_sft_recipe
 
     out = tmp_path_factory.mktemp("models") / "micro"
     run_sft(load_sft_recipe(ROOT / "recipes" / "micro_sft.toml", ["--model.out", str(out), "--run.threads", "1"]))
@@ -86,7 +87,7 @@ def micro_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def micro_rollouts(micro_model, tmp_path_factory):
     """JSONL as `oapl rollouts` prints it: 48 prompts x 8 samples of the micro model, sampled by transformers."""
-    from tests.sampling import write_rollouts
+    from tests.support.sampling import write_rollouts
 
     path = tmp_path_factory.mktemp("rollouts") / "micro.jsonl"
     write_rollouts(micro_model, path, prompts=48, group_size=8)

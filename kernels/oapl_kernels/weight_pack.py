@@ -108,7 +108,7 @@ def unpack(payloads: list[Tensor], destinations: list[Tensor], expected: list[in
         destination.copy_(payload.view(destination.shape))
 
 
-def copy_changed(payloads: list[Tensor], destinations: list[Tensor]) -> int:
+def copy_and_count_changes(payloads: list[Tensor], destinations: list[Tensor]) -> int:
     """Copy payloads [n] bit for bit to destinations [n] of the same dtype, of 2 or 4 bytes, all contiguous and on
     the CPU. Returns how many elements changed their bits."""
     pairs = list(zip(payloads, destinations, strict=True))
@@ -122,7 +122,7 @@ def copy_changed(payloads: list[Tensor], destinations: list[Tensor]) -> int:
     cpp = extension()
     if cpp is not None:
         copies = [cpp.Copy(p.data_ptr(), d.data_ptr(), len(p), p.itemsize) for p, d in pairs]
-        return int(cpp.copy_changed(copies, torch.get_num_threads()))
+        return int(cpp.copy_and_count_changes(copies, torch.get_num_threads()))
     changed = 0
     for payload, destination in pairs:
         bits = torch.int16 if payload.itemsize == 2 else torch.int32

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oapl_engine.config import ConfigError, nearest
 from oapl_engine.data.hub import hub_source
 from oapl_engine.data.jsonl import finite_source, parsed_lines, problems_of_rows
 from oapl_engine.data.problem import Problem, Source
+from oapl_engine.errors import ConfigError, nearest
 
 COLUMNS = "problem (text; question is taken too) and answer (text or number)"
 

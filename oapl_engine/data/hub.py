@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from oapl_engine.config import ConfigError, nearest
 from oapl_engine.data.jsonl import finite_source, problems_of_rows
 from oapl_engine.data.problem import Source
+from oapl_engine.errors import ConfigError, nearest
 
 OPTIONS = {"config": None, "split": "train", "revision": None, "question": "question", "answer": "answer"}
 

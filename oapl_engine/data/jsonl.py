@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from oapl_engine.config import ConfigError, nearest
 from oapl_engine.data.problem import Problem, Source
+from oapl_engine.errors import ConfigError, nearest
 
 
 def jsonl_source(path: str, options: dict[str, Any]) -> Source:

@@ -7,8 +7,8 @@ then ">" and the sum: "12,15,08>852"; only what follows ">" is scored.
 import random
 from typing import Any
 
-from oapl_engine.config import ConfigError, nearest
 from oapl_engine.data.problem import Problem, Source
+from oapl_engine.errors import ConfigError, nearest
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 VOCABULARY = [PAD, BOS, EOS, UNKNOWN, *"0123456789+-*/=<>:;,.()| \n?#"]

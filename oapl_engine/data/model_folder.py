@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from oapl_engine.config import ConfigError
+from oapl_engine.errors import ConfigError
 
 SMOLLM2 = "smollm2-135m-instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -6,8 +6,8 @@ import sys
 import types
 from typing import Any
 
-from oapl_engine.config import ConfigError, nearest
 from oapl_engine.data.problem import Problem, Source
+from oapl_engine.errors import ConfigError, nearest
 
 SIZE = 2**16  # problems an epoch, unless data.options.size says otherwise
 

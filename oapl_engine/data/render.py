@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from oapl_engine.config import ConfigError, Data
+from oapl_engine.config import DataConfig, check_template
+from oapl_engine.errors import ConfigError
 
 Render = Callable[[str], NDArray[np.int32]]
 
 
-def renderer(data: Data, tokenizer: Any) -> Render:
+def renderer(data: DataConfig, tokenizer: Any) -> Render:
     """Function from a question to token ids [P] i32, by data.template and data.system. Raises ConfigError.
 
     "chat": the tokenizer's chat template with the generation prompt; "raw": the question itself; else the template's
@@ -24,8 +25,7 @@ def renderer(data: Data, tokenizer: Any) -> Render:
             'data.template = "chat": the tokenizer has no chat template; write data.template = "raw", or a text with '
             "{question} in it"
         )
-    if data.template not in ("chat", "raw") and "{question}" not in data.template:
-        raise ConfigError('data.template has no {question}: write "chat", "raw", or a text with {question} in it')
+    check_template(data.template)
 
     def render(question: str) -> NDArray[np.int32]:
         if data.template == "chat":

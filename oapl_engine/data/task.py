@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from oapl_engine.config import ConfigError, Data
+from oapl_engine.config import DataConfig
 from oapl_engine.data.benchmarks import benchmark_source
 from oapl_engine.data.hub import hub_source
 from oapl_engine.data.jsonl import jsonl_source
@@ -20,6 +20,7 @@ from oapl_engine.data.micro import micro_source
 from oapl_engine.data.problem import Problem, Source
 from oapl_engine.data.reasoning import reasoning_source
 from oapl_engine.data.render import Render, renderer
+from oapl_engine.errors import ConfigError
 from oapl_engine.samples import Prompt
 
 SPARE_BANKS = 100  # times a generated problem is replaced by a spare one before the task counts as exhausted
@@ -46,12 +47,12 @@ class Task:
         return position // self.size
 
 
-def load_task(data: Data, seed: int, tokenizer: Any) -> Task:
+def load_task(data: DataConfig, seed: int, tokenizer: Any) -> Task:
     """The task that a recipe's [data] names, its order drawn by `seed`. Raises ConfigError on bad input."""
     return build_task(open_source(data), data, seed, renderer(data, tokenizer))
 
 
-def open_source(data: Data) -> Source:
+def open_source(data: DataConfig) -> Source:
     """The problems that [data] names, before rendering. Raises ConfigError."""
     if data.source == "micro":
         return micro_source(data.task, data.options)
@@ -66,7 +67,7 @@ def open_source(data: Data) -> Source:
     raise ConfigError(f'data.source = "{data.source}" holds finished rollouts, no prompts: use mode = "offline"')
 
 
-def build_task(source: Source, data: Data, seed: int, render: Render) -> Task:
+def build_task(source: Source, data: DataConfig, seed: int, render: Render) -> Task:
     """Task over a source: held-out problems first, then everything else in shuffled order."""
     dropped: dict[str, int] = {}
 
@@ -102,7 +103,7 @@ def build_task(source: Source, data: Data, seed: int, render: Render) -> Task:
     return Task(source.name, size, held_out, source.verifier, source.verifier_options, dropped, prompt)
 
 
-def _nothing_left(name: str, data: Data, dropped: dict[str, int]) -> ConfigError:
+def _nothing_left(name: str, data: DataConfig, dropped: dict[str, int]) -> ConfigError:
     longest = f" ({len(dropped)} dropped, up to {max(dropped.values())} tokens)" if dropped else ""
     return ConfigError(
         f"{name}: no problem left to train on with data.held_out = {data.held_out} and data.max_prompt_tokens = "

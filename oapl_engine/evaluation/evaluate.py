@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oapl_engine.config import Evaluation
+from oapl_engine.config import EvaluationConfig
 from oapl_engine.evaluation.pass_at_k import mean_and_error, paired_difference, pass_at_k_each
 from oapl_engine.rewards import Verdict
 from oapl_engine.samples import Prompt
@@ -46,7 +46,7 @@ def evaluate(
     prompts: Sequence[Prompt],
     generate: Generate,
     verify: Verify,
-    settings: Evaluation,
+    settings: EvaluationConfig,
     *,
     step: int,
     version: int,

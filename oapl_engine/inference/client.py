@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from oapl_engine.config import RunError
+from oapl_engine.errors import RunError
 from oapl_engine.inference import protocol
 from oapl_engine.inference.protocol import Reply, Request, Sample, Sampling
 
@@ -21,14 +21,14 @@ class EngineLost(ConnectionError):
     """The engine process is gone; whatever it was computing is lost."""
 
 
-class EngineRefused(RunError):
+class EngineRefusedError(RunError):
     """The engine is well but does not carry out this call; the message says why."""
 
 
 class EngineClient:
     """Calls into one engine process. The socket is opened by the first call, in the loop that makes it.
 
-    Every method raises EngineLost when the process is gone and EngineRefused when it says no.
+    Every method raises EngineLost when the process is gone and EngineRefusedError when it says no.
     """
 
     def __init__(self, connection: socket.socket, incarnation: int = 0) -> None:
@@ -61,7 +61,7 @@ class EngineClient:
         await self._result("pause", mode=mode)
 
     async def resume(self) -> None:
-        """Serve again. EngineRefused while the weights are not those of one complete, attested version."""
+        """Serve again. EngineRefusedError while the weights are not those of one complete, attested version."""
         await self._result("resume")
 
     async def sleep(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
@@ -112,7 +112,7 @@ class EngineClient:
                 if isinstance(reply, EngineLost):
                     raise EngineLost(f"{method}: {reply}")
                 if reply.kind == "refused":
-                    raise EngineRefused(f"{method}: {reply.body}")
+                    raise EngineRefusedError(f"{method}: {reply.body}")
                 yield reply
                 if reply.kind == "result":
                     return

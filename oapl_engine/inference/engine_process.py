@@ -318,7 +318,7 @@ async def start_llm(options: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from oapl_engine.inference.inproc_core import run_core_on_a_thread
+    from oapl_engine.inference.engine_core_thread import run_core_on_a_thread
 
     options["on_cpu"] = current_platform.is_cpu()
     if options["tensor_parallel"] == 1:

@@ -19,7 +19,8 @@ from typing import Any, Self
 
 import psutil
 
-from oapl_engine.config import Recipe, RunError, served_dtype
+from oapl_engine.config import Recipe, resolve_engine_dtype
+from oapl_engine.errors import RunError
 from oapl_engine.inference import protocol
 from oapl_engine.inference.client import EngineClient
 from oapl_engine.inference.engine_process import remove_traces
@@ -62,7 +63,7 @@ def engine_options(recipe: Recipe, model: str, max_model_len: int, **others: Any
     r = recipe.rollout
     return EngineOptions(
         model,
-        dtype=served_dtype(recipe),
+        dtype=resolve_engine_dtype(recipe),
         tensor_parallel=r.tensor_parallel,
         max_model_len=max_model_len,
         kv_cache_mb=r.kv_cache_mb,

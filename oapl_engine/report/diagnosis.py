@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from oapl_engine.config import ConfigError, Recipe, load_recipe, served_dtype, settled_train
+from oapl_engine.config import Recipe, load_recipe, resolve_engine_dtype, resolve_train_config
+from oapl_engine.errors import ConfigError
 from oapl_engine.report.metrics import read_metrics
 from oapl_engine.rollout_log.log import RolloutLog
 
@@ -53,9 +54,9 @@ def _quarters(rows: Rows, key: str) -> tuple[float, float]:
 
 
 def _gap(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
-    exact = served_dtype(recipe) == settled_train(recipe).precision == "float32"
+    exact = resolve_engine_dtype(recipe) == resolve_train_config(recipe).precision == "float32"
     coarser = "float32" if exact else "bfloat16"  # of the two sides
-    gap, limit = _mean(rows, "logprob_gap_mean"), GAP_LIMIT[coarser]
+    gap, limit = _mean(rows, "logprob_gap/mean"), GAP_LIMIT[coarser]
     if gap > limit:
         yield Finding(
             "engine and trainer disagree on log-probs",
@@ -66,7 +67,7 @@ def _gap(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
 
 
 def _refused(rows: Rows, _: Recipe) -> Iterator[Finding]:
-    skipped = sum(row.get("loss") is None and (row.get("equal_group_share") or 0) < 1 for row in rows)
+    skipped = sum(row.get("loss") is None and (row.get("filters/zero_variance") or 0) < 1 for row in rows)
     if skipped >= 2:
         yield Finding(
             "steps are skipped for numbers that are not finite",
@@ -76,7 +77,7 @@ def _refused(rows: Rows, _: Recipe) -> Iterator[Finding]:
 
 
 def _equal_groups(rows: Rows, _: Recipe) -> Iterator[Finding]:
-    share, reward = _mean(rows, "equal_group_share"), _mean(rows, "reward_mean")
+    share, reward = _mean(rows, "filters/zero_variance"), _mean(rows, "reward/all/mean")
     if share > EQUAL_SHARE:
         yield Finding(
             f"almost all groups are all equal: the task is too {'hard' if reward < 0.5 else 'easy'}",
@@ -86,7 +87,7 @@ def _equal_groups(rows: Rows, _: Recipe) -> Iterator[Finding]:
 
 
 def _truncation(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
-    share = _mean(rows, "truncated_share")
+    share = _mean(rows, "is_truncated/mean")
     if share > TRUNCATED_SHARE:
         most = recipe.sampling.max_new_tokens
         yield Finding(
@@ -97,8 +98,8 @@ def _truncation(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
 
 
 def _hot(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
-    kl = max((-row["log_ratio_mean"] for row in rows if row.get("log_ratio_mean") is not None), default=0.0)
-    (reward_0, reward_1), (entropy_0, entropy_1) = _quarters(rows, "reward_mean"), _quarters(rows, "entropy")
+    kl = max((-row["log_ratio/mean"] for row in rows if row.get("log_ratio/mean") is not None), default=0.0)
+    (reward_0, reward_1), (entropy_0, entropy_1) = _quarters(rows, "reward/all/mean"), _quarters(rows, "entropy")
     fell = reward_1 < 0.7 * reward_0
     collapsed = entropy_1 < 0.3 * entropy_0 and reward_1 < reward_0
     if kl > HOT_NATS or fell or collapsed:
@@ -112,7 +113,7 @@ def _hot(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
 
 
 def _uncorrected(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
-    lag = max(row["lag_mean"] for row in rows)
+    lag = max(row["off_policy/mean"] for row in rows)
     if not recipe.objective.options.get("corrected", True) and lag >= LAG_LIMIT:
         yield Finding(
             "the objective takes old rollouts for the policy's own",
@@ -126,11 +127,11 @@ def _scale(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
     """β2·Δ against A: Δ is a sum over the response, so β2 must fit its length (algorithm.md)."""
     if recipe.objective.name not in ("oapl", "kimi"):
         return
-    late = [row for row in rows if row["lag_mean"] >= 0.5 * max(r["lag_mean"] for r in rows)]
-    fresh = [row for row in rows if row["lag_mean"] <= 1 and row.get("loss")]
+    late = [row for row in rows if row["off_policy/mean"] >= 0.5 * max(r["off_policy/mean"] for r in rows)]
+    fresh = [row for row in rows if row["off_policy/mean"] <= 1 and row.get("loss")]
     asked = math.sqrt(_mean(fresh, "loss")) if fresh else math.nan  # with Δ = 0 the loss is the mean of A²
-    tokens, beta2 = _mean(rows, "response_tokens_mean"), _mean(rows, "beta2")
-    reached = beta2 * _mean(late, "log_ratio_std") * math.sqrt(tokens)
+    tokens, beta2 = _mean(rows, "seq_len/mean"), _mean(rows, "beta2")
+    reached = beta2 * _mean(late, "log_ratio/std") * math.sqrt(tokens)
     evidence = (
         f"rms(A) {asked:.3f}; β2·Δ late in a window about {reached:.3f}; A/β2 asks for {asked / beta2:.0f} nats a "
         f"response of {tokens:.0f} tokens"
@@ -150,7 +151,7 @@ def _scale(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
 
 
 def _idle(rows: Rows, _: Recipe) -> Iterator[Finding]:
-    idle, total = sum(row["seconds_idle"] or 0 for row in rows[1:]), sum(row["seconds_total"] or 0 for row in rows[1:])
+    idle, total = sum(row["time/idle"] or 0 for row in rows[1:]), sum(row["time/step"] or 0 for row in rows[1:])
     if total and idle / total >= IDLE_SHARE:
         yield Finding(
             "the trainer mostly waits",

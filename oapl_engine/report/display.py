@@ -41,8 +41,8 @@ class Display:
     def show_step(self, row: dict[str, Any]) -> None:
         """A finished optimizer step: one row of metrics.jsonl."""
         self.row = row
-        if row.get("seconds_total"):
-            self.step_seconds.append(row["seconds_total"])
+        if row.get("time/step"):
+            self.step_seconds.append(row["time/step"])
         self.last_plain = time.monotonic()
         if self.live:
             self.live.update(self._table())
@@ -70,9 +70,9 @@ class Display:
 
 
 def _summary(row: dict[str, Any]) -> str:
-    forms = {"reward_mean": "reward %.3f", "loss": "loss %.4f", "lag_mean": "lag %.0f"}
+    forms = {"reward/all/mean": "reward %.3f", "loss": "loss %.4f", "off_policy/mean": "lag %.0f"}
     parts = [form % row[k] if row.get(k) is not None else f"{form.split()[0]} -" for k, form in forms.items()]
-    seconds = row.get("seconds_total")
-    if seconds and row.get("tokens_trained") is not None:
+    seconds = row.get("time/step")
+    if seconds and row.get("tokens/trained") is not None:
         parts.append(f"{row['tokens_trained'] / seconds:.0f} tokens/s")
     return "  ".join(parts) if row else ""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from oapl_engine.config import ConfigError
+from oapl_engine.errors import ConfigError
 from oapl_engine.report.metrics import read_evaluations, read_metrics
 
 Curve = Sequence[tuple[int, float, float]]  # (k, pass@k, standard error)
@@ -28,9 +28,9 @@ def plot_run(run_dir: Path, out: Path) -> None:
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1, 1])
     steps = [row["step"] for row in rows]
     _reward(top, steps, rows, run_dir)
-    middle.step(steps, [row["lag_mean"] for row in rows], where="mid", color="tab:gray")
+    middle.step(steps, [row["off_policy/mean"] for row in rows], where="mid", color="tab:gray")
     middle.set_ylabel("lag, steps")
-    bottom.plot(steps, [_number(row["log_ratio_std"]) for row in rows], color="tab:red")
+    bottom.plot(steps, [_number(row["log_ratio/std"]) for row in rows], color="tab:red")
     bottom.set_ylabel("std ln π/π_vllm")
     bottom.set_xlabel("optimizer step")
     figure.suptitle(run_dir.name)
@@ -47,7 +47,7 @@ def save(figure: Any, out: Path) -> None:
 
 
 def _reward(axes: Any, steps: list[int], rows: list[dict[str, Any]], run_dir: Path) -> None:
-    reward = np.array([_number(row["reward_mean"]) for row in rows])
+    reward = np.array([_number(row["reward/all/mean"]) for row in rows])
     mean = [np.nanmean(reward[max(0, i - SMOOTH + 1) : i + 1]) for i in range(len(reward))]
     axes.plot(steps, reward, color="tab:blue", alpha=0.25)
     axes.plot(steps, mean, color="tab:blue", label=f"training reward, mean of {SMOOTH} steps")

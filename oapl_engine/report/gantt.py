@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from oapl_engine.config import ConfigError
+from oapl_engine.errors import ConfigError
 from oapl_engine.report.figure import save
 from oapl_engine.report.metrics import read_rows
 

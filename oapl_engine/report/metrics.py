@@ -5,25 +5,35 @@ import math
 from pathlib import Path
 from typing import Any
 
-from oapl_engine.config import ConfigError, Report
+from oapl_engine.config import ReportConfig
+from oapl_engine.errors import ConfigError
 
 KEYS = (
-    *("step", "policy_version", "lag_min", "lag_mean", "lag_max", "reward_mean", "loss", "residual_mean"),
-    *("advantage_mean", "value_mean", "entropy", "grad_norm", "log_ratio_mean", "log_ratio_std", "log_ratio_max"),
-    *("logprob_gap_mean", "logprob_gap_max", "logprob_gap_k3", "response_tokens_mean", "truncated_share"),
-    *("equal_group_share", "tokens_generated", "tokens_trained", "engine_tokens", "seconds_generate"),
-    *("seconds_verify", "seconds_train", "seconds_publish", "seconds_attest", "seconds_idle", "ledger"),
+    *(
+        "step",
+        "policy_version",
+        "off_policy/min",
+        "off_policy/mean",
+        "off_policy/max",
+        "reward/all/mean",
+        "loss",
+        "residual/mean",
+    ),
+    *("advantage/mean", "value/mean", "entropy", "optim/grad_norm", "log_ratio/mean", "log_ratio/std", "log_ratio/max"),
+    *("logprob_gap/mean", "logprob_gap/max", "mismatch_kl/all/mean", "seq_len/mean", "is_truncated/mean"),
+    *("filters/zero_variance", "tokens/generated", "tokens/trained", "tokens/engine", "time/generate"),
+    *("time/verify", "time/train", "time/publish", "time/attest", "time/idle", "ledger"),
 )
 # Beyond the contract: what the run used, and the share of weight bytes that the last publish changed.
-EXTRA = ("beta2", "learning_rate", "changed_share", "seconds_evaluate", "seconds_total")
+EXTRA = ("beta2", "learning_rate", "weights/changed_share", "time/evaluate", "time/step")
 
 
 class MetricsWriter:
     """Appends to metrics.jsonl and mirrors numbers to the trackers that the recipe asks for."""
 
-    def __init__(self, run_dir: Path, report: Report | None = None):
+    def __init__(self, run_dir: Path, report: ReportConfig | None = None):
         self.path = run_dir / "metrics.jsonl"
-        report = report or Report()
+        report = report or ReportConfig()
         self._trackers = [_tensorboard(run_dir)] if report.tensorboard else []
         self._trackers += [_wandb(run_dir, report.wandb)] if report.wandb else []
 

@@ -33,4 +33,4 @@ class Stopwatch:
         taken = {f"seconds_{name}": seconds for name, seconds in self._seconds.items()}
         idle = max(0.0, total - sum(s for name, s in self._seconds.items() if name not in OVERLAPPING))
         self._seconds.clear()
-        return {**taken, "seconds_idle": idle, "seconds_total": total}
+        return {**taken, "time/idle": idle, "time/step": total}

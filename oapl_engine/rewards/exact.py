@@ -7,7 +7,7 @@ last number in it, thousands commas removed; "after": what follows the last `mar
 import re
 from typing import Any
 
-from oapl_engine.config import ConfigError
+from oapl_engine.errors import ConfigError
 
 FORMS = ("all", "first_line", "last_number", "after")
 NUMBER = re.compile(r"(?<![\d.])[-−]?\d(?:[\d,]*\d)?(?:\.\d+)?(?:/\d+)?")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from oapl_engine.config import ConfigError, nearest
+from oapl_engine.errors import ConfigError, nearest
 from oapl_engine.rewards.exact import check_extract
 
 Verifier = Callable[[str, dict[str, Any], dict[str, Any]], Any]

@@ -5,18 +5,18 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from oapl_engine.config import RunError
+from oapl_engine.errors import RunError
 
 NETWORK = ("nfs", "nfs4", "lustre", "cifs", "smb3", "fuse.sshfs", "beegfs", "gpfs", "ceph")
 
 
-class LogDamaged(RunError):
+class CorruptLogError(RunError):
     """A stored row or file does not match its checksum, or is no database."""
 
 
 class Database:
     """A file with `schema` applied; what was committed is on disk (synchronous=FULL). Safe to use from several threads,
-    one writer at a time. Raises LogDamaged where the file is no database."""
+    one writer at a time. Raises CorruptLogError where the file is no database."""
 
     def __init__(self, path: Path, schema: str):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,9 @@ class Database:
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(schema)
         except sqlite3.DatabaseError as error:
-            raise LogDamaged(f"{path}: {error}; move the file away to start anew, or restore it from a copy") from error
+            raise CorruptLogError(
+                f"{path}: {error}; move the file away to start anew, or restore it from a copy"
+            ) from error
 
     def rows(self, query: str, *values: object) -> list[tuple]:
         with self._lock:

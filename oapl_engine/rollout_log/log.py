@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from oapl_engine.rollout_log.database import Database, LogDamaged
+from oapl_engine.rollout_log.database import CorruptLogError, Database
 from oapl_engine.samples import Group, Prompt, Rollout, Span
 
 SCHEMA = """
@@ -50,7 +50,7 @@ class RolloutLog(Database):
             raise ValueError(f"group {group.id} is in the log {self.path} already: {error}") from error
 
     def group(self, key: str) -> Group:
-        """The stored group `key`. Raises KeyError if absent, LogDamaged if a row's checksum fails."""
+        """The stored group `key`. Raises KeyError if absent, CorruptLogError if a row's checksum fails."""
         rows = self.rows(f'SELECT {COLUMNS}, crc32 FROM rollout WHERE "group" = ? ORDER BY sample', key)
         if not rows:
             raise KeyError(f"group {key} is not in {self.path}")
@@ -103,7 +103,7 @@ def _crc(row: tuple[Any, ...]) -> int:
 def _from_row(row: tuple[Any, ...], path: Path) -> Rollout:
     *values, crc = row
     if _crc(tuple(values)) != crc:
-        raise LogDamaged(f"{path}: rollout {values[0]} does not match its checksum; restore the file from a copy")
+        raise CorruptLogError(f"{path}: rollout {values[0]} does not match its checksum; restore the file from a copy")
     key, prompt_id, group, sample, task, _, _, prompt_length, ids, mask, logprob, spans = values[:12]
     finish, status, reward, detail, started, finished = values[12:]
     return Rollout(

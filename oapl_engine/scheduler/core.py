@@ -7,8 +7,9 @@ Modes are settings of one machine. `phased` and `sync` (L = 1) alternate generat
 window's groups are generated, the engine sleeps, L steps are trained, the new version is published. `async` overlaps
 them. `offline` has no engine and never publishes. Time enters only as events; nothing here does I/O.
 
-A long tail need not be waited for: with on_publish = "keep" or "abort", an alternating mode generates up to its credit,
-trains as soon as the window's groups are there, and the rest finishes in the next phase, or is aborted.
+A long tail need not be waited for: with on_publish = "keep" or "abort", an alternating mode generates up to
+max_groups_ahead groups and trains as soon as the window's groups are there; the rest finishes in the next phase, or is
+aborted.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,15 +21,15 @@ from oapl_engine.scheduler import events as e
 
 @dataclass(frozen=True)
 class Settings:
-    """What the recipe says about time. Counts: steps are optimizer steps, credit and groups_per_step are groups."""
+    """What the recipe says about time. Steps and lag are in optimizer steps, max_groups_ahead in groups."""
 
     mode: str
     steps: int
     groups_per_step: int
     lag: int
     window: int
-    credit: int
-    allowance: int = 1
+    max_groups_ahead: int
+    max_uses: int = 1
     on_publish: str = "drain"
     max_kl: float | None = None
     checkpoint_every: int = 0
@@ -52,7 +53,7 @@ class Settings:
     @property
     def spare(self) -> int:
         """Groups generated beyond what a phase trains, so that it need not wait for the slowest."""
-        return 0 if self.drain or self.overlap else max(0, self.credit - self.lag * self.groups_per_step)
+        return 0 if self.drain or self.overlap else max(0, self.max_groups_ahead - self.lag * self.groups_per_step)
 
 
 @dataclass(frozen=True)
@@ -141,12 +142,12 @@ def settings_of(recipe: Recipe, engines: int = 1) -> Settings:
     s = recipe.schedule
     lag = s.steps if s.mode == "offline" else s.lag
     carries = s.mode == "async" or (s.mode == "phased" and s.on_publish == "keep")
-    same = ("mode", "steps", "groups_per_step", "allowance", "on_publish", "max_kl")
+    same = ("mode", "steps", "groups_per_step", "max_uses", "on_publish", "max_kl")
     return Settings(
         **{name: getattr(s, name) for name in same},
         lag=lag,
         window=s.window or (2 if carries else 1),
-        credit=s.credit or lag * s.groups_per_step,
+        max_groups_ahead=s.max_groups_ahead or lag * s.groups_per_step,
         checkpoint_every=recipe.checkpoint.every,
         evaluate=recipe.evaluation.n > 0 and s.mode != "offline",
         evaluate_every=recipe.evaluation.every,
@@ -202,8 +203,8 @@ def _group_done(s: State, group: e.GroupDone) -> tuple[State, tuple[e.Command, .
     if _outside_window(s, group.version):  # it was in flight across a publish
         return s, (e.Clear((group.key,)),)
     s = replace(s, equal_run=s.equal_run + 1 if group.equal else 0)
-    # A whole credit of equal groups in a row: the policy has nothing to learn here, or the verifier is broken. Go on.
-    if s.settings.resample and group.equal and s.equal_run <= s.settings.credit:
+    # max_groups_ahead equal groups in a row: nothing to learn here, or a broken verifier. Continue with them.
+    if s.settings.resample and group.equal and s.equal_run <= s.settings.max_groups_ahead:
         return s, (e.Resample((group.key,)),)
     return replace(s, buffer=s.buffer.append(Waiting(group.key, group.version))), ()
 
@@ -318,9 +319,9 @@ def _groups_needed(s: State) -> int:
     c = s.settings
     horizon = c.steps if c.overlap else min(s.published_step + c.lag, c.steps)
     steps = max(0, horizon - s.step - len(s.replay))
-    uses = c.allowance * len(s.buffer) - s.buffer.uses
+    uses = c.max_uses * len(s.buffer) - s.buffer.uses
     distinct = c.groups_per_step - len(s.buffer) if steps else 0
-    return max(0, distinct, -(-(steps * c.groups_per_step - uses) // c.allowance))
+    return max(0, distinct, -(-(steps * c.groups_per_step - uses) // c.max_uses))
 
 
 def _train(s: State) -> tuple[State, tuple[e.Command, ...]]:
@@ -347,7 +348,7 @@ def _train(s: State) -> tuple[State, tuple[e.Command, ...]]:
         return replace(s, doing="train", replay=rest), (e.Train(s.step + 1, keys),)
     used, rest_buffer = s.buffer.take(c.groups_per_step)
     for w in used:
-        if w.uses + 1 < c.allowance:
+        if w.uses + 1 < c.max_uses:
             rest_buffer = rest_buffer.append(replace(w, uses=w.uses + 1))
     s = replace(s, doing="train", buffer=rest_buffer)
     return s, (e.Train(s.step + 1, tuple(w.key for w in used)),)
@@ -360,7 +361,7 @@ def _generate(s: State) -> tuple[State, tuple[e.Command, ...]]:
     if s.step >= c.steps or _evaluation_due(s) or (_window_over(s) and c.drain):
         return s, ()
     needed = _groups_needed(s)
-    n = min(needed + (c.spare if needed else 0) - s.in_flight, c.credit - s.in_flight - len(s.buffer))
+    n = min(needed + (c.spare if needed else 0) - s.in_flight, c.max_groups_ahead - s.in_flight - len(s.buffer))
     if n <= 0:
         return s, ()
     without = tuple(sorted(set(range(c.engines)) - s.serving)) if len(s.serving) < c.engines else ()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from oapl_engine.config import ConfigError
+from oapl_engine.errors import ConfigError
 from oapl_engine.samples import PromptSpan
 
 NAME = "oapl_packed"

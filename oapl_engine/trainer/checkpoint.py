@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from oapl_engine import config
-from oapl_engine.config import RunError
-from oapl_engine.trainer.model import Policy, load_policy, published_weights, quiet
+from oapl_engine.errors import RunError
+from oapl_engine.trainer.policy import Policy, load_policy, published_weights, quiet
 
 log = logging.getLogger(__name__)
 FORMAT = 1
@@ -37,7 +37,7 @@ class CheckpointError(RunError):
     """A checkpoint cannot be written, or none of those there can be used."""
 
 
-class Damaged(Exception):
+class CorruptCheckpointError(Exception):
     """What is wrong with a checkpoint, with the file named."""
 
 
@@ -92,7 +92,7 @@ def save(
 def _is_same(target: Path, digest: str) -> bool:
     try:
         stored = verify(target).weight_hash
-    except Damaged as problem:
+    except CorruptCheckpointError as problem:
         aside = target.with_name(f"{target.name}.damaged-{len(list(target.parent.glob(f'{target.name}.damaged-*')))}")
         log.warning("%s; moved to %s", problem, aside)
         os.rename(target, aside)
@@ -165,7 +165,7 @@ def _folders(directory: Path) -> list[Path]:
 
 
 def verify(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder, every byte checked. Raises Damaged with the file named."""
+    """The checkpoint in a folder, every byte checked. Raises CorruptCheckpointError with the file named."""
     try:
         stored = json.loads((folder / MANIFEST).read_text())
         content = stored["content"]
@@ -176,14 +176,16 @@ def verify(folder: Path) -> Checkpoint:
         for name, expected in content["files"].items():
             file = folder / name
             if file.stat().st_size != expected["bytes"]:
-                raise Damaged(f"{file} is damaged: {file.stat().st_size} bytes, written were {expected['bytes']}")
+                raise CorruptCheckpointError(
+                    f"{file} is damaged: {file.stat().st_size} bytes, written were {expected['bytes']}"
+                )
             if _hash(file) != expected["sha256"]:
-                raise Damaged(f"{file} is damaged: its SHA-256 is not the one in {MANIFEST}")
+                raise CorruptCheckpointError(f"{file} is damaged: its SHA-256 is not the one in {MANIFEST}")
         return Checkpoint(folder, content["step"], content["weight_hash"], json.loads((folder / EXTRA).read_text()))
     except OSError as error:
-        raise Damaged(f"{error.filename} cannot be read: {error.strerror}") from error
+        raise CorruptCheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{folder / MANIFEST} is damaged: {error}") from error
+        raise CorruptCheckpointError(f"{folder / MANIFEST} is damaged: {error}") from error
 
 
 def load_newest(directory: Path) -> Checkpoint | None:
@@ -195,7 +197,7 @@ def load_newest(directory: Path) -> Checkpoint | None:
     for folder in _folders(directory):
         try:
             return verify(folder)
-        except Damaged as problem:
+        except CorruptCheckpointError as problem:
             log.warning("%s; falling back to an older checkpoint", problem)
             problems.append(str(problem))
     if not problems:
@@ -204,7 +206,7 @@ def load_newest(directory: Path) -> Checkpoint | None:
 
 
 def resume_policy(
-    checkpoint: Checkpoint, model: config.Model, train: config.Train, device: torch.device | None = None
+    checkpoint: Checkpoint, model: config.ModelConfig, train: config.TrainConfig, device: torch.device | None = None
 ) -> Policy:
     """The policy as it was saved. With LoRA the base comes from model.path, the adapters from the checkpoint."""
     if not model.lora_rank:

@@ -25,7 +25,7 @@ class Head:
         return {"bias": self.bias, "softcap": self.softcap, "temperature": temperature / self.scale}
 
 
-def head_of(model: nn.Module) -> Head:
+def get_head(model: nn.Module) -> Head:
     """The head of a causal LM: its output embeddings and what its config does to logits afterwards."""
     output = model.get_output_embeddings()
     config = model.config.get_text_config()

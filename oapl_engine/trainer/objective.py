@@ -6,14 +6,15 @@ from oapl_kernels import Objective, group_advantage, grpo_advantage
 from oapl_kernels.objectives import OBJECTIVES, with_reference_kl
 from torch import Tensor
 
-from oapl_engine.config import ConfigError, ObjectiveSection, nearest
+from oapl_engine.config import ObjectiveConfig
+from oapl_engine.errors import ConfigError, nearest
 
 # r - mean(r), as these publish it; "oapl" has its own value, and the others divide by the group's standard deviation.
 MEAN_BASELINE = ("kimi", "dr_grpo", "topr")
 PER_TOKEN = ("dapo", "cispo")
 
 
-def make_objective(section: ObjectiveSection, beta2: float) -> Objective:
+def make_objective(section: ObjectiveConfig, beta2: float) -> Objective:
     """The objective of a step. Raises ConfigError for an unknown name or switch."""
     if section.name not in OBJECTIVES:
         raise ConfigError(f'objective.name = "{section.name}" is unknown; {nearest(section.name, OBJECTIVES)}')
@@ -32,7 +33,7 @@ def make_objective(section: ObjectiveSection, beta2: float) -> Objective:
     return with_reference_kl(objective, section.reference_coefficient) if section.reference_coefficient else objective
 
 
-def advantages(section: ObjectiveSection, reward: Tensor, cu_groups: Tensor) -> Tensor:
+def advantages(section: ObjectiveConfig, reward: Tensor, cu_groups: Tensor) -> Tensor:
     """A [N] f64 of rewards [N] f64 in groups, as the objective's paper defines them."""
     if section.name == "oapl":
         return group_advantage(reward, cu_groups, section.beta1)
@@ -41,7 +42,7 @@ def advantages(section: ObjectiveSection, reward: Tensor, cu_groups: Tensor) -> 
     return grpo_advantage(reward, cu_groups)
 
 
-def normalizer(section: ObjectiveSection, sequences: int, tokens: int, max_new_tokens: int) -> float:
+def normalizer(section: ObjectiveConfig, sequences: int, tokens: int, max_new_tokens: int) -> float:
     """What the summed loss of an optimizer step is divided by; sequences and tokens are those of all ranks."""
     if section.name in PER_TOKEN:
         return float(tokens)
@@ -49,7 +50,7 @@ def normalizer(section: ObjectiveSection, sequences: int, tokens: int, max_new_t
 
 
 def needs_proximal(objective: Objective) -> bool:
-    """Whether the objective asks for log-probs at the start of the step (trainer.score.scored_as)."""
+    """Whether the objective asks for log-probs at the start of the step (trainer.score.fill_logprobs)."""
     return objective.name.startswith("decoupled_ppo")
 
 

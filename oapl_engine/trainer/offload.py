@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from oapl_engine.trainer.model import Policy
+from oapl_engine.trainer.policy import Policy
 
 Mover = Callable[[Tensor, torch.device], Tensor]
 

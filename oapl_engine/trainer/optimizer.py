@@ -5,10 +5,10 @@ import math
 import torch
 
 from oapl_engine import config
-from oapl_engine.trainer.model import Policy
+from oapl_engine.trainer.policy import Policy
 
 
-def make_optimizer(policy: Policy, section: config.Optimizer) -> torch.optim.AdamW:
+def make_optimizer(policy: Policy, section: config.OptimizerConfig) -> torch.optim.AdamW:
     """torch's fused AdamW over everything trainable; its moments have the parameters' dtype."""
     return torch.optim.AdamW(
         list(policy.trainable().values()),
@@ -20,7 +20,7 @@ def make_optimizer(policy: Policy, section: config.Optimizer) -> torch.optim.Ada
     )
 
 
-def learning_rate(section: config.Optimizer, step: int, steps: int) -> float:
+def learning_rate(section: config.OptimizerConfig, step: int, steps: int) -> float:
     """Of optimizer step `step` (from 0) of `steps`: linear warm-up to the peak, then cosine to decay_to of it."""
     warmup = round(section.warmup_share * steps)
     if step < warmup:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from oapl_engine.distributed import Ranks
 from oapl_engine.samples import Batch, PromptSpan, Rollout
 
 IGNORE = -100
@@ -97,6 +98,12 @@ def balance(sizes: Sequence[int], bins: int) -> list[list[int]]:
         chosen[b].append(i)
         heapq.heappush(heap, (load + sizes[i], b))
     return [sorted(indices) for indices in chosen]
+
+
+def share_items(items: Sequence[Item], ranks: Ranks) -> list[Item]:
+    """This rank's items: nearly equal tokens per rank, the same cut on every rank; may be empty."""
+    bins = balance([sum(len(r.token_ids) for r in item.rollouts) for item in items], ranks.world)
+    return [items[i] for i in bins[ranks.rank]]
 
 
 def _batch(parts: Sequence[Item], share_prompts: bool) -> Batch:

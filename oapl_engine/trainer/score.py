@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from oapl_engine.samples import Batch, Group
-from oapl_engine.trainer.model import Policy
 from oapl_engine.trainer.packing import Item
+from oapl_engine.trainer.policy import Policy
 
 LogProbs = dict[str, NDArray[np.float32]]
 
@@ -36,7 +36,7 @@ def _logprob(policy: Policy, batch: Batch, temperature: float) -> NDArray[np.flo
     return policy.logprob(batch, temperature).cpu().numpy()
 
 
-def scored_as(field: str, policy: Policy, batches: Sequence[Batch], temperature: float) -> list[Batch]:
+def fill_logprobs(field: str, policy: Policy, batches: Sequence[Batch], temperature: float) -> list[Batch]:
     """The batches with field `proximal_logprob` (by the policy before the step) or `reference_logprob` filled in."""
     filled = []
     for batch in batches:

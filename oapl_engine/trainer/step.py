@@ -8,11 +8,11 @@ import torch
 from oapl_kernels import Objective, PolicyLoss
 from torch import Tensor
 
-from oapl_engine.config import RunError
+from oapl_engine.distributed import ALONE, Ranks
+from oapl_engine.errors import RunError
 from oapl_engine.samples import Batch
 from oapl_engine.trainer.head import policy_loss
-from oapl_engine.trainer.model import Policy
-from oapl_engine.trainer.ranks import ALONE, Ranks
+from oapl_engine.trainer.policy import Policy
 
 REFUSED = "the step is refused, the weights are unchanged"
 
@@ -86,7 +86,7 @@ def _checked_gradients(
         _check_losses(batches, losses)
     except NonFiniteError as error:
         problem = str(error)
-    problems = [found for found in ranks.gather_plain(problem) if found]
+    problems = [found for found in ranks.gather(problem) if found]
     if problems:
         raise NonFiniteError(problems[0])
     sum_gradients(policy, ranks)
@@ -157,18 +157,18 @@ def _metrics(
     batches: Sequence[Batch], losses: Sequence[PolicyLoss], norm: float, beta2: float | None, ranks: Ranks
 ) -> dict[str, float | None]:
     own = [_sums(batch, loss, beta2 or 0.0) for batch, loss in zip(batches, losses, strict=True)]
-    sums = np.array([part for parts in ranks.gather_plain(own) for part in parts])
+    sums = np.array([part for parts in ranks.gather(own) for part in parts])
     loss, tokens, ratio, square, entropy, sequences, residual, _ = sums.sum(0)
     mean = ratio / tokens
     metrics = {
         "loss": loss,
-        "residual_mean": None if beta2 is None else residual / sequences,
+        "residual/mean": None if beta2 is None else residual / sequences,
         "entropy": entropy / tokens,
-        "grad_norm": norm,
-        "log_ratio_mean": mean,
-        "log_ratio_std": np.sqrt(max(0.0, square / tokens - mean**2)),
-        "log_ratio_max": sums[:, -1].max(),
-        "tokens_trained": tokens,
+        "optim/grad_norm": norm,
+        "log_ratio/mean": mean,
+        "log_ratio/std": np.sqrt(max(0.0, square / tokens - mean**2)),
+        "log_ratio/max": sums[:, -1].max(),
+        "tokens/trained": tokens,
     }
     return {name: float(v) if v is not None and np.isfinite(v) else None for name, v in metrics.items()}
 

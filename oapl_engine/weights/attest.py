@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from oapl_engine.config import RunError
+from oapl_engine.errors import RunError
 
 Logprobs = NDArray[np.float32]
 
@@ -18,7 +18,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15}
 VISIBLE = 0.1  # share of the tolerance: a smaller move of log-probs could hide below the rounding of bfloat16 logits
 
 
-class WeightMismatch(RunError):
+class WeightMismatchError(RunError):
     """A version was refused; the engine serves nothing until a complete one arrives. parameter: the one at fault."""
 
     def __init__(self, parameter: str, expected: str, found: str) -> None:
@@ -53,22 +53,22 @@ class Gap:
 
 
 def check_checksums(expected: dict[str, int], reports: Sequence[dict[str, Any]]) -> None:
-    """Every rank must hold every tensor bit for bit. Raises WeightMismatch."""
+    """Every rank must hold every tensor bit for bit. Raises WeightMismatchError."""
     for rank, report in enumerate(reports):
         for name, value in expected.items():
             found = report["checksums"].get(name)
             if found != value:
                 shown = "nothing" if found is None else f"{found:016x}"
-                raise WeightMismatch(name, f"checksum {value:016x}", f"{shown} in rank {rank} of the engine")
+                raise WeightMismatchError(name, f"checksum {value:016x}", f"{shown} in rank {rank} of the engine")
 
 
 def check_golden(tolerance: float, engine: list[Logprobs], trainer: list[Logprobs]) -> Gap:
-    """The engine's golden log-probs against the trainer's. Raises WeightMismatch past the tolerance, or at NaN."""
+    """The engine's golden log-probs against the trainer's. Raises WeightMismatchError past the tolerance, or at NaN."""
     for number, (ours, theirs) in enumerate(zip(trainer, engine, strict=True)):
         difference = float(np.abs(np.asarray(ours) - theirs).mean())
         if not difference <= tolerance:
             what = f"log-probs within {tolerance} nats a token of the trainer's"
-            raise WeightMismatch(f"golden prompt {number}", what, f"a mean difference of {difference:.4g}")
+            raise WeightMismatchError(f"golden prompt {number}", what, f"a mean difference of {difference:.4g}")
     gap = np.concatenate(engine) - np.concatenate(trainer)
     k3 = float(np.mean(np.expm1(-gap.astype(np.float64)) + gap))
     return Gap(float(np.abs(gap).mean()), float(np.abs(gap).max()), float(gap.mean()), k3)
@@ -81,10 +81,10 @@ def check_staleness(
     before: tuple[list[Logprobs], list[Logprobs]] | None,
 ) -> None:
     """Where the trainer's golden log-probs moved visibly, the engine's must have moved at all. before: those of engine
-    and trainer at the version before. Raises WeightMismatch."""
+    and trainer at the version before. Raises WeightMismatchError."""
     if before is None or any(not np.array_equal(now, old) for now, old in zip(engine, before[0], strict=True)):
         return
     moved = float(np.abs(np.concatenate(trainer) - np.concatenate(before[1])).mean())
     if moved > tolerance * VISIBLE:
         what = f"new log-probs, as the trainer's moved by {moved:.3g} nats a token"
-        raise WeightMismatch("golden prompts", what, "those of the version before, bit for bit")
+        raise WeightMismatchError("golden prompts", what, "those of the version before, bit for bit")

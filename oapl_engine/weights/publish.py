@@ -17,12 +17,12 @@ from oapl_engine.weights.attest import (
     Gap,
     Golden,
     Logprobs,
-    WeightMismatch,
+    WeightMismatchError,
     check_checksums,
     check_golden,
     check_staleness,
 )
-from oapl_engine.weights.layout import Layout, NamedTensors, Piece, distinct, elements, lay_out
+from oapl_engine.weights.bucket_layout import Layout, NamedTensors, Piece, distinct, elements, lay_out
 from oapl_engine.weights.transports import Buckets
 from oapl_engine.weights.transports.memfd import MemfdBuckets
 
@@ -78,8 +78,8 @@ class Publisher:
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="publish")
 
     def publish(self, version: int) -> PublishReport:
-        """Pause, send, attest, resume. Raises WeightMismatch (the engine then serves nothing until a later version is
-        published whole) and what `control` raises."""
+        """Pause, send, attest, resume. Raises WeightMismatchError (the engine then serves nothing until a
+        complete later version is published) and what `control` raises."""
         clock = _Clock()
         with clock("total"):
             if self._buckets is None:
@@ -87,7 +87,7 @@ class Publisher:
             try:
                 buckets = self._prepare(version, clock)
             except Exception:
-                with contextlib.suppress(WeightMismatch):
+                with contextlib.suppress(WeightMismatchError):
                     deque(self._gathered(), 0)  # the other ranks of a sharded trainer wait in these gathers
                 raise
             try:
@@ -130,7 +130,7 @@ class Publisher:
         reply: dict[str, Any] = self.control(phase, payload)
         for report in [reply, *reply["reports"]] if reply["error"] else ():
             if report.get("refused"):
-                raise WeightMismatch(**report["refused"])
+                raise WeightMismatchError(**report["refused"])
         if reply["error"]:
             raise RuntimeError(f"weight transfer, phase {phase}: {reply['error']}")
         return reply
@@ -199,7 +199,7 @@ class Publisher:
         under_way.append(self._sender.submit(self._phase, "bucket", payload))
 
     def _gathered(self) -> Iterator[list[tuple[Piece, torch.Tensor]]]:
-        """Pieces with their elements, bucket by bucket. Raises WeightMismatch if a tensor is missing, new, reshaped."""
+        """Pieces with their elements, bucket by bucket. WeightMismatchError if a tensor is missing, new or reshaped."""
         offered = distinct(self.named_tensors())
         name, tensor = "", torch.empty(0)
         for pieces in self._layout.buckets():
@@ -210,15 +210,15 @@ class Publisher:
                 bucket.append((piece, elements(tensor, piece.start, piece.count)))
             yield bucket
         for name, tensor in offered:
-            raise WeightMismatch(name, "no tensor of this name", f"one of shape {list(tensor.shape)}")
+            raise WeightMismatchError(name, "no tensor of this name", f"one of shape {list(tensor.shape)}")
 
     def _next(self, offered: Iterator[tuple[str, torch.Tensor]], expected: str) -> tuple[str, torch.Tensor]:
         shape = list(self._layout.shapes[expected])
         name, tensor = next(offered, ("nothing", torch.empty(0)))
         if name != expected:
-            raise WeightMismatch(expected, f"a tensor of shape {shape}", f"{name} in its place")
+            raise WeightMismatchError(expected, f"a tensor of shape {shape}", f"{name} in its place")
         if list(tensor.shape) != shape:
-            raise WeightMismatch(name, f"shape {shape}", f"shape {list(tensor.shape)}")
+            raise WeightMismatchError(name, f"shape {shape}", f"shape {list(tensor.shape)}")
         return name, tensor
 
     def _pack(self, view: torch.Tensor, pieces: list[tuple[Piece, torch.Tensor]]) -> dict[str, int]:
@@ -229,7 +229,7 @@ class Publisher:
         sums = {}
         for (piece, _), (low, high, infinite) in zip(pieces, values.tolist(), strict=True):
             if infinite:
-                raise WeightMismatch(piece.name, f"finite values of {self.dtype}", f"{infinite} that are not")
+                raise WeightMismatchError(piece.name, f"finite values of {self.dtype}", f"{infinite} that are not")
             sums[piece.label] = low | high << 32
         return sums
 
@@ -246,7 +246,7 @@ class Publisher:
                     check_staleness(self.golden.tolerance, engine, trainer, self._before)
                 gap = check_golden(self.golden.tolerance, engine, trainer)
                 self._before = engine, trainer
-        except WeightMismatch:
+        except WeightMismatchError:
             self._phase("attest", {"accepted": False})
             raise
         self._phase("attest", {"accepted": True})

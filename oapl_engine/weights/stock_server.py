@@ -14,7 +14,7 @@ from typing import Any
 PAUSE_MODES = {"drain": "wait", "abort": "abort", "keep": "keep"}
 
 
-def control_of(url: str, timeout_seconds: float = 600.0) -> Callable[[str, dict[str, Any]], Any]:
+def stock_server_control(url: str, timeout_seconds: float = 600.0) -> Callable[[str, dict[str, Any]], Any]:
     """A Publisher's `control` for the server at url (http://127.0.0.1:8000), without golden prompts. Raises OSError
     when the server is gone; a server whose trainer died in mid-update waits, paused, for the next publish."""
     version = 0

@@ -18,7 +18,7 @@ def register() -> None:
     )
     from vllm.v1.engine.core import EngineCore
 
-    from oapl_engine.weights.receiver.live import keep_parameters_live
+    from oapl_engine.weights.receiver.cpu_layers import keep_parameters_live
     from oapl_engine.weights.receiver.prefix_cache import cached_blocks
 
     keep_parameters_live()

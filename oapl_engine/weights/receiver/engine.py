@@ -12,7 +12,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from oapl_engine.weights.receiver.probe import LayerProbe
+from oapl_engine.weights.receiver.layer_check import LayerProbe
 from oapl_engine.weights.receiver.update import InPlaceUpdate
 
 

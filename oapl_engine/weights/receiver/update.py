@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from oapl_kernels.weight_pack import copy_changed
+from oapl_kernels.weight_pack import copy_and_count_changes
 
 from oapl_engine.weights.receiver.checksum import checksums as checksums_of
 from oapl_engine.weights.receiver.inbox import Inbox, open_inbox
@@ -127,7 +127,7 @@ class InPlaceUpdate:
             arrived = sent.to(live.device)
             self.changed += int(torch.count_nonzero(live != arrived))
             live.copy_(arrived)
-        self.changed += copy_changed([sent for sent, _ in flat], [live for _, live in flat])
+        self.changed += copy_and_count_changes([sent for sent, _ in flat], [live for _, live in flat])
 
     def finish(self) -> None:
         for source in (s for sources in self.buckets.values() for s in sources):

@@ -1,0 +1,1 @@
+"""Who carries out the scheduler's commands: the run, its learner, generator, weight synchronisation, evaluator."""

@@ -1,0 +1,65 @@
+"""Which packed layouts a model computes exactly, found out by trying: no architecture is trusted by its name alone.
+
+A layout is wrong where something besides attention reads across rows (linear attention, short convolutions, ALiBi),
+or where attention is not what `oapl_packed` computes (sinks, masks of its own). Then the log-probs of a packed probe
+differ from the model's own, sequence by sequence, and the next layout is tried.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from oapl_engine.samples import Prompt, Rollout, make_rollout
+from oapl_engine.trainer.packing import Item
+
+
+@dataclass(frozen=True)
+class Layout:
+    """share: a prompt once a group; together: several sequences in one batch. reason: why not, for the log."""
+
+    share: bool = True
+    together: bool = True
+    reason: str | None = None
+
+
+LAYOUTS = (Layout(), Layout(share=False), Layout(share=False, together=False))
+
+
+def layout_rule(config: object) -> str | None:
+    """What the probe is too short to see, in a transformers config; None if nothing."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope"):
+        return f"{rope['rope_type']} RoPE depends on the longest position of the batch"
+    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if other:
+        return f"{sorted(other)[0]} layers read other rows than attention does"
+    if getattr(config, "alibi", False):
+        return "ALiBi depends on the distance between rows"
+    return None
+
+
+def probe_items(vocabulary: int) -> list[Item]:
+    """Two groups of two short rollouts, enough for one to leak into another."""
+    return [_probe_group(g, vocabulary) for g in range(2)]
+
+
+def _probe_group(group: int, vocabulary: int) -> Item:
+    draw = np.random.default_rng(group)
+    prompt = draw.integers(0, vocabulary, 4 + group)
+    responses = [draw.integers(0, vocabulary, length) for length in (3, 5)]
+    about: dict[str, Any] = {"spans": (), "finish": "stop", "status": "scored", "reward": 0.0}
+    probe = Prompt("probe", prompt.astype(np.int32), "probe")
+    rollouts = tuple(make_rollout(probe, str(group), i, response, **about) for i, response in enumerate(responses))
+    return Item(rollouts, np.zeros(2, np.float32))
+
+
+@torch.no_grad()
+def unpacked_logprob(model: torch.nn.Module, rollout: Rollout, device: torch.device) -> Tensor:
+    """Log-probs of the response [R] by the model's own attention and head, f32 or better."""
+    tokens = torch.from_numpy(rollout.token_ids.astype(np.int64)).to(device)
+    logits = model(input_ids=tokens[None], use_cache=False).logits[0, rollout.prompt_length - 1 : -1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.log_softmax(-1).gather(1, tokens[rollout.prompt_length :, None])[:, 0]

@@ -1,0 +1,170 @@
+"""What a step trains on: rollouts chosen by rule, their advantages, and what is told about them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from oapl_kernels import group_value
+from oapl_kernels.objectives import soft_overlong_penalty
+
+from oapl_engine.config import ObjectiveConfig
+from oapl_engine.distributed import Ranks
+from oapl_engine.samples import Group, Rollout, decode_groups, encode_groups
+from oapl_engine.trainer.objective import advantages, rms
+from oapl_engine.trainer.packing import Item
+
+Recorded = Mapping[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class StepSelection:
+    """items: one a trained group. dropped: rollout key to rule, for the ledger. beta2: given, or the step's scale-free.
+
+    metrics: the contract's names that follow from the data alone; None where nothing was there to measure.
+    """
+
+    items: tuple[Item, ...]
+    dropped: dict[str, str]
+    beta2: float
+    metrics: dict[str, float | None]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(r.key for item in self.items for r in item.rollouts)
+
+    @property
+    def tokens(self) -> int:
+        return sum(int(np.count_nonzero(r.loss_mask)) for item in self.items for r in item.rollouts)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A group's usable rollouts, their rewards [n] as trained, and the rewards [m] that its value is estimated from."""
+
+    rollouts: tuple[Rollout, ...]
+    reward: NDArray[np.float64]
+    basis: NDArray[np.float64]
+
+    @property
+    def equal(self) -> bool:
+        return bool(self.basis.min() == self.basis.max())
+
+
+def exchange_groups(ranks: Ranks, own: Sequence[Group], order: Sequence[str]) -> list[Group]:
+    """All ranks' groups on every rank (token ids: small), in the order of ids `order`, so that all find the same
+    advantages, drops and normaliser. Collective. Raises KeyError where no rank has one."""
+    payloads = ranks.gather_bytes(encode_groups(own))
+    found = {group.id: group for payload in payloads for group in decode_groups(payload)}
+    return [found[key] for key in order]
+
+
+def select_rollouts(
+    groups: Sequence[Group], section: ObjectiveConfig, max_new_tokens: int, recorded_rewards: Recorded | None = None
+) -> StepSelection:
+    """Items of an optimizer step. Rollouts that are not scored are left out silently: their status is their column.
+
+    recorded_rewards: group id to all rewards that were recorded for the prompt, where more than the rollouts at hand.
+    Non-finite rewards are passed on as non-finite advantages: `train_step` refuses them, by the recipe's rule.
+    """
+    dropped: dict[str, str] = {}
+    candidates = [_candidate(g, section, max_new_tokens, (recorded_rewards or {}).get(g.id), dropped) for g in groups]
+    usable = [c for c in candidates if c is not None]
+    kept = _without_equal(usable, section.equal_groups, dropped)
+    values = [_advantage(c, section) for c in kept]
+    items = tuple(Item(c.rollouts, a.astype(np.float32)) for c, a in zip(kept, values, strict=True))
+    beta2 = section.beta2
+    spread = rms(torch.from_numpy(np.concatenate(values))) if values else 0.0
+    if section.scale_free_nats is not None and np.isfinite(spread) and spread > 0:
+        beta2 = spread / section.scale_free_nats
+    return StepSelection(items, dropped, beta2, _metrics(groups, usable, kept, values, section))
+
+
+def _candidate(
+    group: Group,
+    section: ObjectiveConfig,
+    max_new_tokens: int,
+    recorded: NDArray[np.float64] | None,
+    dropped: dict[str, str],
+) -> _Candidate | None:
+    rollouts = group.scored()
+    if section.overlong == "excluded":
+        dropped.update({r.key: "overlong" for r in rollouts if r.finish == "length"})
+    dropped.update({r.key: "no_tokens" for r in rollouts if not r.loss_mask.any()})
+    rollouts = tuple(r for r in rollouts if r.key not in dropped)
+    reward = np.array([r.reward for r in rollouts], np.float64)
+    if section.overlong == "soft":  # over the last fifth
+        lengths = torch.tensor([r.response_tokens for r in rollouts], dtype=torch.float64)
+        reward = reward + soft_overlong_penalty(lengths, max_new_tokens, max(1, max_new_tokens // 5)).numpy()
+    basis = reward if recorded is None else recorded
+    if not rollouts or len(basis) < 2:
+        dropped.update({r.key: "group_too_small" for r in rollouts})
+        return None
+    return _Candidate(rollouts, reward, basis)
+
+
+def _without_equal(usable: list[_Candidate], rule: str, dropped: dict[str, str]) -> list[_Candidate]:
+    """subsample: as many groups of equal rewards, the first ones, as there are others."""
+    if rule == "keep":
+        return usable
+    allowed = sum(not c.equal for c in usable) if rule == "subsample" else 0
+    kept = []
+    for candidate in usable:
+        if candidate.equal and allowed <= 0:
+            dropped.update({r.key: "equal_rewards" for r in candidate.rollouts})
+            continue
+        allowed -= candidate.equal
+        kept.append(candidate)
+    return kept
+
+
+def _advantage(candidate: _Candidate, section: ObjectiveConfig) -> NDArray[np.float64]:
+    if not (np.isfinite(candidate.basis).all() and np.isfinite(candidate.reward).all()):
+        return np.full(len(candidate.reward), np.nan)
+    if candidate.basis is not candidate.reward:
+        return candidate.reward - _value(candidate, section)
+    reward = torch.from_numpy(candidate.reward)
+    return advantages(section, reward, torch.tensor([0, len(reward)])).numpy()
+
+
+def _value(candidate: _Candidate, section: ObjectiveConfig) -> float:
+    beta1 = section.beta1 if section.name == "oapl" else float("inf")
+    basis = torch.from_numpy(candidate.basis)
+    return float(group_value(basis, torch.tensor([0, len(basis)]), beta1))
+
+
+def _metrics(
+    groups: Sequence[Group],
+    usable: list[_Candidate],
+    kept: list[_Candidate],
+    values: list[NDArray[np.float64]],
+    section: ObjectiveConfig,
+) -> dict[str, float | None]:
+    scored = [r for group in groups for r in group.scored()]
+    return {
+        "reward/all/mean": _mean([float(r.reward) for r in scored if r.reward is not None]),
+        "seq_len/mean": _mean([r.response_tokens for r in scored]),
+        "is_truncated/mean": _mean([r.finish == "length" for r in scored]),
+        "filters/zero_variance": _mean([c.equal for c in usable]),
+        "advantage/mean": _mean(np.concatenate(values) if values else []),
+        "value/mean": _mean([_value(c, section) for c in kept if np.isfinite(c.basis).all()]),
+    }
+
+
+def _mean(values: Sequence[float] | NDArray[np.float64]) -> float | None:
+    """Mean, None where there is none or it is not finite (JSON has no NaN)."""
+    mean = float(np.mean(values)) if len(values) else np.nan
+    return mean if np.isfinite(mean) else None
+
+
+def replace_behavior_logprob(groups: Sequence[Group], logprobs: Mapping[str, NDArray[np.float32]]) -> list[Group]:
+    """The groups with behaviour log-probs replaced by those of `score` (behavior = "recomputed"); key to [response]."""
+
+    def of(rollout: Rollout) -> Rollout:
+        if rollout.key not in logprobs:
+            return rollout
+        prompt = np.zeros(rollout.prompt_length, np.float32)
+        return replace(rollout, behavior_logprob=np.concatenate([prompt, logprobs[rollout.key]]))
+
+    return [replace(g, rollouts=tuple(map(of, g.rollouts))) for g in groups]

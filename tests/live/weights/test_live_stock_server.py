@@ -1,0 +1,117 @@
+"""A stock vLLM server with our plugin takes the same updates over its own endpoints, and survives its trainers."""
+
+import re
+import subprocess
+import sys
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+
+from oapl_engine.weights.publish import Publisher
+from oapl_engine.weights.stock_server import stock_server_control
+from tests.conftest import PROGRAMS, ROOT
+from tests.support.rig import NEW_TOKENS, VOCABULARY, make_model
+from tests.support.stock_server import StockServer
+
+pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+DOCUMENT = ROOT / "docs" / "weights.md"
+BLOCKS = [("", "api_server"), ("python", "Publisher")]
+PHASES = ["pause", "init", "start", "bucket", "finish", "attest", "resume"]
+KILLS = 15
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stock")
+    server = StockServer.__new__(StockServer)
+    model = make_model(folder / "model")
+    StockServer.__init__(server, folder / "model", folder / "log")
+    server.model, server.folder = model, folder
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def prompts():
+    rng = np.random.default_rng(0)
+    return rng.integers(2, VOCABULARY, (6, 8))
+
+
+@torch.no_grad()
+def greedy(model, prompts):
+    tokens = torch.tensor(prompts)
+    for _ in range(NEW_TOKENS):
+        tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], 1)
+    return tokens[:, -NEW_TOKENS:].tolist()
+
+
+def change(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter) * 0.05 * (parameter.std() if parameter.ndim > 1 else 0.1)
+
+
+def publish(server, version):
+    publisher = Publisher(server.model.named_parameters, stock_server_control(server.url), 64 << 10, torch.float32)
+    try:
+        return publisher.publish(version)
+    finally:
+        publisher.close()
+
+
+def test_three_publishes_are_token_exact_and_nothing_listens_beyond_loopback(server, prompts):
+    assert server.greedy(prompts, NEW_TOKENS) == greedy(server.model, prompts)
+    for version in (1, 2, 3):
+        change(server.model)
+        report = publish(server, version)
+        assert report.changed_share > 0.9
+        assert server.version() == str(version)
+        assert server.greedy(prompts, NEW_TOKENS) == greedy(server.model, prompts)
+    assert {ip for ip in server.listeners() if ip not in ("127.0.0.1", "::1")} == set()
+
+
+def test_a_server_waits_paused_for_the_next_trainer_when_one_is_killed(server, prompts, figure):
+    """At every phase; the next trainer, here this process, publishes a whole version."""
+    version, script = 3, PROGRAMS / "trainer_of_stock.py"
+    for kill in range(KILLS):
+        old = greedy(server.model, prompts)
+        change(server.model)
+        server.model.save_pretrained(server.folder / "next")
+        whole = greedy(server.model, prompts)
+        arguments = [server.url, server.folder / "next", str(version + 1), PHASES[kill % len(PHASES)]]
+        died = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
+        assert died.returncode == -9, died.stderr
+        served = server.greedy(prompts, NEW_TOKENS, timeout=1)
+        assert served is None or (served == old and PHASES[kill % len(PHASES)] == "pause"), "paused, or untouched"
+        version += 2
+        publish(server, version)
+        assert server.greedy(prompts, NEW_TOKENS) == whole
+    figure("trainers of a stock server killed, 0 mixed versions served", KILLS)
+
+
+def test_the_example_of_the_documentation_publishes(server, prompts):
+    text = DOCUMENT.read_text()
+    command, code = (re.search(rf"```{kind}\n([^`]*{mark}.*?)```", text, re.S)[1] for kind, mark in BLOCKS)
+    for flag in re.findall(r"--[a-z-]+|VLLM_[A-Z_]+", command):
+        assert flag in (ROOT / "tests" / "support" / "stock_server.py").read_text(), (
+            f"{flag}: this server runs without it"
+        )
+    change(server.model)
+    names = {"model": server.model, "url": server.url}
+    exec(compile(code.replace("version=1", "version=500"), DOCUMENT.name, "exec"), names)
+    assert names["report"].version == 500
+    assert server.greedy(prompts, NEW_TOKENS) == greedy(server.model, prompts)
+
+
+def test_a_server_that_is_resumed_in_mid_update_dies_rather_than_serve_a_mix(server, prompts):
+    control = stock_server_control(server.url)
+    publisher = Publisher(server.model.named_parameters, control, 64 << 10, torch.float32)
+    publisher.publish(1000)
+    control("pause", {"mode": "abort"})
+    control("start", {"version": 1001})
+    urllib.request.urlopen(urllib.request.Request(server.url + "/resume", b"{}"), timeout=30).read()
+    assert server.greedy(prompts, 1, timeout=30) is None
+    publisher.close()

@@ -1,0 +1,27 @@
+"""Triton's interpreter runs every shipped kernel through the public API (the claims are in interpreted.py)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+FOLDER = Path(__file__).parent
+
+
+def test_every_kernel_through_the_public_api():
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "markers=launches",
+        str(FOLDER / "interpreted.py"),
+    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout

@@ -1,0 +1,20 @@
+import os
+import subprocess
+import sys
+
+from tests.conftest import PROGRAMS
+
+
+def test_a_vocabulary_sharded_over_two_ranks_gives_the_same_loss_and_gradients(tmp_path):
+    script = PROGRAMS / "vocabulary_rank.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), "2", str(tmp_path / "rendezvous")],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(outputs)
+    assert [output.strip().splitlines()[-1] for output in outputs] == ["rank 0 agrees", "rank 1 agrees"]

@@ -1,0 +1,141 @@
+"""Verifiers: what is right, what is wrong, and what is neither."""
+
+import json
+import sys
+import types
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oapl_engine.errors import ConfigError
+from oapl_engine.rewards import verify
+from oapl_engine.rewards.exact import extract_answer
+
+NUMBER = {"extract": "last_number"}
+
+
+@pytest.mark.parametrize(
+    ("response", "options", "answer"),
+    [
+        (" 7 \n", {}, "7"),
+        ("7\n3 + 4 = 7", {"extract": "first_line"}, "7"),
+        ("\n7", {"extract": "first_line"}, ""),
+        ("3 + 4 is 7, so 12.", NUMBER, "12"),
+        ("it costs $1,234.50!", NUMBER, "1234.50"),
+        ("-5", NUMBER, "-5"),
+        ("9−5", NUMBER, "5"),
+        ("the sum is −5", NUMBER, "-5"),
+        ("about 3/4", NUMBER, "3/4"),
+        ("1, 2, 3,", NUMBER, "3"),
+        ("none", NUMBER, None),
+        ("x #### 3 #### 4 ", {"extract": "after", "marker": "####"}, "4"),
+        ("4", {"extract": "after", "marker": "####"}, None),
+    ],
+)
+def test_extraction(response, options, answer):
+    assert extract_answer(response, options) == answer
+
+
+@given(st.integers(), st.text("abc .,\n", max_size=8))
+def test_last_number_finds_any_integer_in_prose(number, words):
+    assert extract_answer(f"it is {number}{'' if words[:1] in '.,' else ' '}{words}", NUMBER) == str(number)
+
+
+def test_exact():
+    record = {"answer": "012"}
+    assert verify("exact", "012 ", record).reward == 1
+    assert verify("exact", "12", record) == verify("exact", " 12", record)
+    assert verify("exact", "12", record).reward == 0
+    assert verify("exact", "12", record).status == "scored"
+
+
+@pytest.mark.parametrize(
+    ("gold", "response", "reward"),
+    [
+        ("1/2", r"so the answer is \boxed{\frac{1}{2}}.", 1),
+        (r"\frac12", "0.5", 1),
+        ("1,234", "It is 1234.", 1),
+        (r"\{1,2\}", r"\boxed{\{2,1\}}", 1),
+        ("-4", r"\boxed{4}", 0),
+        ("12", "I do not know", 0),
+        ("12", "", 0),
+        ("2", r"\boxed{\frac{1}{", 0),
+        (r"\sqrt{8}", r"$2\sqrt{2}$", 1),
+    ],
+)
+def test_math(gold, response, reward):
+    verdict = verify("math", response, {"answer": gold})
+    assert (verdict.status, verdict.reward) == ("scored", reward)
+
+
+def test_an_unusable_record_is_an_error_not_a_wrong_answer():
+    for name, record in (("math", {"answer": ""}), ("exact", {}), ("exact", {"answer": 3}), ("reasoning_gym", {})):
+        verdict = verify(name, "1", record)
+        assert (verdict.status, verdict.reward) == ("error", None)
+        assert verdict.detail["reason"]
+
+
+def entry(name, **options):
+    import reasoning_gym
+
+    made = reasoning_gym.create_dataset(name, seed=3, size=4, **options)[1]
+    return {"dataset": name, "entry": json.loads(json.dumps(made))}
+
+
+@pytest.mark.parametrize("name", ["chain_sum", "gcd", "sudoku", "arc_agi", "rearc", "number_sorting", "countdown"])
+def test_reasoning_gym_scores_its_own_answer_one_and_nonsense_less(name):
+    record = entry(name)
+    assert verify("reasoning_gym", record["entry"]["answer"], record).reward == 1
+    assert verify("reasoning_gym", "no idea", record).reward < 0.1
+
+
+def test_reasoning_gym_with_extraction():
+    record = entry("gcd")
+    answer = record["entry"]["answer"]
+    said = f"The greatest common divisor is {answer}."
+    assert verify("reasoning_gym", said, record, NUMBER).reward == 1
+    assert verify("reasoning_gym", "nothing", record, NUMBER).reward == 0
+    assert verify("reasoning_gym", f" {answer}\n8 and 4: 4", record, {"extract": "first_line"}).reward == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("exakt", {}, "did you mean exact"),
+        ("code", {}, "is no verifier; there are: exact, math"),
+        ("exact", {"extrakt": "all"}, "extrakt: unknown"),
+        ("exact", {"extract": "last"}, "'last': one of all"),
+        ("exact", {"extract": "after"}, "marker = ''"),
+        ("reasoning_gym", {"marker": "#"}, "marker = '#'"),
+        ("math", {"extract": "all"}, "has none"),
+        ("no_such_module:score", {}, "cannot be loaded"),
+    ],
+)
+def test_unknown_names_and_options_are_named(name, options, message):
+    with pytest.raises(ConfigError, match=message):
+        verify(name, "1", {"answer": "1"}, options)
+
+
+def verdict_of(monkeypatch, function):
+    name = f"own_{id(function)}"
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(score=function))
+    return verify(f"{name}:score", "r", {})
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), -float("inf"), None, "1", [1], 1j])
+def test_a_reward_that_is_no_finite_number_is_invalid(monkeypatch, reward):
+    verdict = verdict_of(monkeypatch, lambda *_: reward)
+    assert (verdict.status, verdict.reward) == ("invalid", None)
+    assert "reward" in verdict.detail["reason"]
+
+
+def test_own_verifiers(monkeypatch):
+    assert verdict_of(monkeypatch, lambda *_: (0.25, {"why": "half of half"})).detail == {"why": "half of half"}
+    assert verdict_of(monkeypatch, lambda *_: True).reward == 1.0
+
+    def broken(*_):
+        raise ZeroDivisionError("oops")
+
+    assert verdict_of(monkeypatch, broken).detail == {"reason": "ZeroDivisionError: oops"}
+    assert verdict_of(monkeypatch, broken).status == "error"

@@ -1,0 +1,205 @@
+"""Phased training on one device that cannot hold engine and trainer together: the real core, the real engine server and
+the real trainer state, on a fake vLLM and a fake memory that refuse a wrong order."""
+
+import asyncio
+import contextlib
+import queue
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from oapl_engine import config
+from oapl_engine.inference.engine_process import EngineServer
+from oapl_engine.scheduler import core, driver
+from oapl_engine.scheduler import events as e
+from oapl_engine.trainer.offload import move_trainer
+from oapl_engine.trainer.optimizer import make_optimizer
+from tests.support.fake_machine import break_core
+
+GPU = torch.device("cuda", 0)
+WEIGHTS, CACHE = 40_000, 60_000
+
+
+class Device:
+    """Bytes by owner; more than its capacity is out of memory."""
+
+    def __init__(self, capacity):
+        self.capacity, self.held, self.peak = capacity, {}, 0
+
+    def take(self, owner, size):
+        assert owner not in self.held, f"{owner} was mapped twice"
+        self.held[owner] = size
+        self.peak = max(self.peak, sum(self.held.values()))
+        assert sum(self.held.values()) <= self.capacity, f"out of memory: {self.held}"
+
+
+class FakeLLM:
+    """What EngineServer asks of vLLM, as it behaves on CUDA: memory by tags, no cache no generation."""
+
+    def __init__(self, device):
+        self.device = device
+        self.engine_core = self
+        self.good = True
+        device.take("weights", WEIGHTS)
+        device.take("kv_cache", CACHE)
+
+    async def sleep(self, level):
+        assert level == 2
+        self.good = False
+        del self.device.held["weights"], self.device.held["kv_cache"]
+
+    async def wake_up(self, tags):
+        for tag in tags:
+            self.device.take(tag, {"weights": WEIGHTS, "kv_cache": CACHE}[tag])
+
+    async def start_weight_update(self):
+        assert "weights" in self.device.held, "weights arrive where no memory is"
+
+    async def update_weights(self, request):
+        self.good = True
+
+    async def generate(self, prompt, params, name):
+        assert "kv_cache" in self.device.held, "generated without a cache"
+        assert self.good, "generated with discarded weights"
+        yield SimpleNamespace(num_cached_tokens=0)
+
+    async def collective_rpc(self, method):
+        return []
+
+    async def call_utility_async(self, method):
+        assert method == "oapl_cached_blocks"
+        return 0
+
+    async def pause_generation(self, mode, clear_cache):
+        pass
+
+    async def reset_prefix_cache(self, *_, **__):
+        return True
+
+    async def resume_generation(self):
+        pass
+
+    async def finish_weight_update(self, version):
+        pass
+
+
+class Phased:
+    """The commands of a phased run, carried out on one Device."""
+
+    def __init__(self, policy, capacity):
+        self.policy, self.device = policy, Device(capacity)
+        self.optimizer = make_optimizer(policy, config.OptimizerConfig(learning_rate=1e-3))
+        self.server = EngineServer(FakeLLM(self.device), (), {"version": -1, "incarnation": 0, "on_cpu": False})
+        self.inbox, self.count = queue.SimpleQueue(), 0
+
+    def handlers(self):
+        server = self.server
+        return {
+            e.Submit: self.submit,
+            e.Pause: lambda c: asyncio.run(server.pause(c.mode)),
+            e.Resume: lambda c: asyncio.run(server.resume()),
+            e.Sleep: lambda c: asyncio.run(server.sleep(list(c.tags))) or e.Slept(),
+            e.Wake: lambda c: asyncio.run(server.wake(list(c.tags))) or (e.Awake() if "weights" in c.tags else None),
+            e.LoadTrainer: lambda c: self.move(GPU),
+            e.OffloadTrainer: lambda c: self.move(torch.device("cpu")),
+            e.Publish: lambda c: asyncio.run(self.publish(c.version)),
+            e.Train: self.train,
+            e.Checkpoint: lambda c: e.CheckpointDone(c.step),
+        }
+
+    def submit(self, command):
+        for _ in range(command.n):
+            asyncio.run(self.server._complete([1], None))
+            self.count += 1
+            self.inbox.put(e.GroupDone(f"g{self.count}", 1, self.server.version))
+
+    def move(self, device):
+        """The real walk over parameters and moments; each tensor is copied, and its bytes change hands."""
+        moved = []
+
+        def to(tensor, target):
+            assert target == device
+            moved.append(tensor.nbytes)
+            return tensor.clone()
+
+        assert move_trainer(self.policy, self.optimizer, device, to) == sum(moved) > 0
+        if device == GPU:
+            self.device.take("trainer", sum(moved))
+        else:
+            del self.device.held["trainer"]
+
+    async def publish(self, version):
+        """The engine's half of a weight transfer, in the order of weights.Publisher."""
+        for phase, payload in (("start", {"version": version}), ("bucket", {}), ("finish", {})):
+            if phase == "bucket":
+                await self.server.llm.update_weights(payload)
+                continue
+            reply = await self.server.transfer(phase, payload)
+            assert reply["error"] is None, reply["error"]
+        await self.server.transfer("attest", {"accepted": True})
+        return e.Published(version)
+
+    def train(self, command):
+        assert "trainer" in self.device.held, "trained without its state on the device"
+        for parameter in self.policy.trainable().values():
+            parameter.grad = torch.ones_like(parameter)
+        self.optimizer.step()
+        return e.StepDone(command.step)
+
+
+@pytest.fixture
+def phased(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **_: None))
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64, bias=False))
+    model[1].weight = model[0].weight  # tied
+    trainable = lambda: dict(model.named_parameters())  # noqa: E731
+    policy = SimpleNamespace(model=model, device=torch.device("cpu"), trainable=trainable)
+    return Phased(policy, capacity=WEIGHTS + CACHE + 1000)
+
+
+SETTINGS = core.Settings("phased", steps=6, groups_per_step=2, lag=2, window=1, max_groups_ahead=4, evaluate=False)
+
+
+def test_engine_and_trainer_take_turns_on_one_device(phased):
+    start = phased.policy.model[0].weight.clone()
+    phased.inbox.put(e.EngineReady(0))
+    _, code = driver.drive(core.State(SETTINGS), phased.inbox, phased.handlers())
+    assert code == 0
+    assert phased.device.peak == WEIGHTS + CACHE
+    model = phased.policy.model
+    assert model[1].weight is model[0].weight, "tied weights went apart"
+    assert torch.allclose(start - model[0].weight, torch.tensor(6e-3), rtol=1e-3), "Adam lost its moments on the way"
+    assert all(p.grad is None for p in model.parameters()) or phased.policy.device == GPU
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "says"),
+    [
+        ("if s.awake and not c.overlap:", "if False:", "out of memory"),
+        ("if s.loaded and not c.overlap:", "if False:", "out of memory"),
+        ("if s.engines - s.awake:", "if False:", "memory was given back"),
+    ],
+)
+def test_a_wrong_order_is_refused(phased, right, wrong, says, monkeypatch):
+    break_core(monkeypatch, right, wrong)
+    phased.inbox.put(e.EngineReady(0))
+    with pytest.raises(AssertionError, match=says), contextlib.suppress(queue.Empty):
+        driver.drive(core.State(SETTINGS), phased.inbox, phased.handlers())
+
+
+def test_weights_do_not_arrive_in_memory_that_was_given_back(phased):
+    """The engine itself refuses, too."""
+    server = phased.server
+    asyncio.run(server.pause("drain"))
+    asyncio.run(server.sleep(["weights", "kv_cache"]))
+    reply = asyncio.run(server.transfer("start", {"version": 0}))
+    assert "memory was given back" in reply["error"]
+    asyncio.run(server.wake(["weights"]))
+    assert set(phased.device.held) == {"weights"}
+    asyncio.run(server.wake(["weights"]))  # awake already: nothing is mapped twice
+    with pytest.raises(RuntimeError, match="incomplete"):
+        asyncio.run(server.resume())
