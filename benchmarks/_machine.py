@@ -1,4 +1,4 @@
-"""The machine on which runs took place, from their records: what the simulator needs to foretell others."""
+"""The machine on which runs took place, from their records: what the simulator needs to predict others."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from oapl_engine.scheduler import driver
 from oapl_engine.scheduler import events as e
 from oapl_engine.scheduler.simulate import Machine
 
 
-def fit_machine(records: Iterable[list[tuple[float, driver.Message]]], group_size: int, slots: int = 256) -> Machine:
-    """The machine on which these runs took place, from their timed records (driver.read_timed_record).
+def fit_machine(records: Iterable[list[tuple[float, e.Message]]], group_size: int, slots: int = 256) -> Machine:
+    """The machine on which these runs took place, from their timed records (driver.read_record).
 
     Costs are means over the runs. Engine speed comes from bursts of generation: a Submit into idle engines until its
     last group; from bursts of different size also how sequences slow each other down.
@@ -40,8 +39,8 @@ def fit_machine(records: Iterable[list[tuple[float, driver.Message]]], group_siz
     )
 
 
-def _bursts(record: list[tuple[float, driver.Message]], group_size: int, slots: int) -> Iterable[tuple[float, float]]:
-    """(sequences that ran at once, seconds a token of one sequence) of every burst of generation."""
+def _bursts(record: list[tuple[float, e.Message]], group_size: int, slots: int) -> Iterable[tuple[float, float]]:
+    """(sequences that ran at the same time, seconds per token of one sequence) of every burst of generation."""
     begin, in_flight, groups, tokens = 0.0, 0, 0, 0
     for at, message in record:
         if isinstance(message, e.Submit):
@@ -52,6 +51,6 @@ def _bursts(record: list[tuple[float, driver.Message]], group_size: int, slots: 
             tokens += getattr(message, "tokens", 0)
             at = getattr(message, "done_at", 0.0) or at
             if not in_flight:
-                at_once = min(slots, groups * group_size)
-                yield at_once, (at - begin) * at_once / max(1, tokens)
+                running = min(slots, groups * group_size)
+                yield running, (at - begin) * running / max(1, tokens)
                 groups, tokens = 0, 0

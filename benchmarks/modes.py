@@ -2,7 +2,7 @@
 
 Every run is `oapl train` with a live engine, in a process of its own; its time is from the engine being ready to its
 last step, read from events.jsonl. No evaluation, one checkpoint at the end. "phased, one core" is the machine from
-which the other runs are foretold; "bound" is what phased would take if nothing but its own phases took time.
+which the other runs are predicted; "bound" is what phased would take if nothing but its own phases took time.
 
     python -m benchmarks modes [--model micro] [--runs DIR] [--only NAME] [--json FILE]
 """
@@ -22,9 +22,9 @@ from benchmarks._machine import fit_machine
 from oapl_engine.config import load_recipe
 from oapl_engine.report.metrics import read_metrics
 from oapl_engine.scheduler import events as e
-from oapl_engine.scheduler.core import settings_of
-from oapl_engine.scheduler.driver import read_timed_record
+from oapl_engine.scheduler.driver import read_record
 from oapl_engine.scheduler.simulate import simulate
+from oapl_engine.scheduler.state import Settings
 
 RECIPES = {"micro": "recipes/micro.toml", "smollm2": "recipes/quickstart.toml"}
 COMMON = {"micro": "--schedule.steps 128", "smollm2": "--schedule.steps 32 --schedule.groups_per_step 2"}
@@ -72,12 +72,12 @@ def train(model: str, name: str, run: Path) -> None:
 
 
 def report(folder: Path, names: list[str]) -> dict[str, Any]:
-    records = {name: read_timed_record(folder / name / "events.jsonl") for name in names}
-    settings = {name: settings_of(load_recipe(folder / name / "config.toml")) for name in names}
+    records = {name: read_record(folder / name / "events.jsonl") for name in names}
+    settings = {name: Settings.from_recipe(load_recipe(folder / name / "config.toml")) for name in names}
     groups = load_recipe(folder / names[0] / "config.toml").schedule.group_size
     machines = {name: fit_machine([records[name]], groups) for name in names if name != "async"}
     machines["sync and phased"] = fit_machine([records["sync"], records["phased"]], groups)
-    print(f"{'run':18}{'seconds':>9}{'tokens':>9}{'tokens/s':>10}   own simulation, ratio   foretold from: ratio")
+    print(f"{'run':18}{'seconds':>9}{'tokens':>9}{'tokens/s':>10}   own simulation, ratio   predicted from: ratio")
     rows = {}
     for name in names:
         rows[name] = measured(folder / name, records[name])
@@ -100,16 +100,16 @@ def measured(run: Path, record: list[tuple[float, Any]]) -> dict[str, Any]:
     """Seconds from the engine being ready to the last step, tokens trained, and the sum of the phases in between."""
     steps = [at for at, message in record if isinstance(message, e.StepDone)]
     rows = read_metrics(run / "metrics.jsonl")
-    phases = {phase: sum(row[f"seconds_{phase}"] or 0.0 for row in rows) for phase in PHASES}
+    phases = {phase: sum(row[f"time/{phase}"] or 0.0 for row in rows) for phase in PHASES}
     seconds = steps[-1] - record[0][0]
     tokens = sum(row["tokens/trained"] or 0.0 for row in rows)
     return {
         "seconds": seconds,
-        "tokens/trained": tokens,
+        "tokens_trained": tokens,
         "tokens_per_second": tokens / seconds,
         "phases": phases,
         "phase_seconds": sum(phases.values()),
-        "off_policy/max": max(row["off_policy/max"] for row in rows),
+        "lag_max": max(row["off_policy/max"] for row in rows),
     }
 
 

@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._machine import fit_machine
-from oapl_engine.config import load_recipe
+from oapl_engine.config import MODES, load_recipe
 from oapl_engine.errors import ConfigError
-from oapl_engine.scheduler import core
-from oapl_engine.scheduler.driver import read_timed_record
+from oapl_engine.scheduler.driver import read_record
 from oapl_engine.scheduler.simulate import Machine, simulate
+from oapl_engine.scheduler.state import Settings
 
 SCALES = (64, 128, 256, 512, 1024, 2048, 4096)
 SMALL = (1, 2, 8, 64)
 LAGS = {"sync": (1,), "phased": (16, 50, 200), "phased keep": (16, 50, 200), "async": (16, 50, 100, 200)}
-SPARE = 1.25  # max_groups_ahead of "phased keep" over what a phase trains: the slowest go on in the next phase
+SPARE = 1.25  # max_groups_ahead of "phased keep" over what a phase trains: the slowest continue in the next phase
 TRAINING_IDLE, GENERATION_IDLE = 0.03, 0.05  # the bar for 64 and more devices, L = 50, one window carried
 TRAIN_TOKENS_PER_SECOND = 7000.0  # assumed: 7B at 30 % of an H100's peak
-GPU = Machine(  # assumed: 7B, 16 samples a prompt, answers of 4k tokens in the mean and 16k at most
+GPU = Machine(  # assumed: 7B, 16 samples per prompt, answers of 4k tokens in the mean and 16k at most
     engines=1,
     slots=64,
     token_seconds=1 / 60,
@@ -77,7 +77,7 @@ def _devices(text: str | None) -> tuple[int, ...]:
 
 def of_gpus(scales: tuple[int, ...]) -> dict[str, Any]:
     """Scaling of asynchronous training at L = 50, then modes and L on a few machines, with advice for each."""
-    print(f"assumed: {TRAIN_TOKENS_PER_SECOND:.0f} trained tokens/s a device; {GPU}\n")
+    print(f"assumed: {TRAIN_TOKENS_PER_SECOND:.0f} trained tokens/s per device; {GPU}\n")
     print("async, L = 50, one window carried, long tail kept across publishes\n" + HEAD)
     scaling = [cell("async", devices, 50) for devices in scales]
     modes, advice = [], []
@@ -102,8 +102,9 @@ def cell(mode: str, devices: int, lag: int) -> dict[str, Any]:
     per_step = max(4, devices // 2)
     machine = dataclasses.replace(GPU, engines=engines, train_token_seconds=1 / (TRAIN_TOKENS_PER_SECOND * trainers))
     carries = mode in ("async", "phased keep")
-    settings = core.Settings(
-        mode.split()[0],
+    settings = Settings(
+        generates=True,
+        overlaps=MODES[mode.split()[0]].overlaps,
         steps=max(24, 4 * lag),
         groups_per_step=per_step,
         lag=lag,
@@ -173,7 +174,7 @@ def of_runs(runs: list[Path]) -> dict[str, Any]:
         if not (run / "events.jsonl").exists():
             raise ConfigError(f"{run} holds no events.jsonl: name the directory of a run with an engine")
     recipe = load_recipe(runs[0] / "config.toml")
-    records = [read_timed_record(run / "events.jsonl") for run in runs]
+    records = [read_record(run / "events.jsonl") for run in runs]
     machine = fit_machine(records, recipe.schedule.group_size)
     if not machine.crowding:
         print("these runs generated in bursts of one size: give one with another L too, or trust only this L")
@@ -181,7 +182,17 @@ def of_runs(runs: list[Path]) -> dict[str, Any]:
     print(f"measured: {machine}\n" + "mode       L   tokens/s   training   generation   seconds")
     cells = []
     for mode, lag in [("sync", 1), *(("phased", lag) for lag in (4, 16, 64, 200) if lag <= steps)]:
-        outcome = simulate(machine, core.Settings(mode, steps, per_step, lag, 1, lag * per_step, evaluate=False))
+        settings = Settings(
+            generates=True,
+            overlaps=False,
+            steps=steps,
+            groups_per_step=per_step,
+            lag=lag,
+            window=1,
+            max_groups_ahead=lag * per_step,
+            evaluate=False,
+        )
+        outcome = simulate(machine, settings)
         shares = f"{outcome.training:10.1%} {outcome.generation:12.1%}"
         print(f"{mode:7} {lag:4d} {outcome.tokens_per_second:10.0f} {shares} {outcome.seconds:9.1f}")
         row = {"mode": mode, "lag": lag, "tokens_per_second": outcome.tokens_per_second, "seconds": outcome.seconds}
@@ -205,7 +216,9 @@ def draw(figures: dict[str, Any], out: Path) -> None:
     for mode in LAGS:
         own = [c for c in cells if c["mode"] == mode]
         middle.plot([c["lag"] for c in own], [c["tokens_per_second"] / devices for c in own], "o-", label=mode)
-    middle.set(xscale="log", xlabel="L, steps", ylabel="tokens/s a device", ylim=(0, None), title=f"{devices} devices")
+    middle.set(
+        xscale="log", xlabel="L, steps", ylabel="tokens/s per device", ylim=(0, None), title=f"{devices} devices"
+    )
     middle.legend()
     for c in cells:
         if c["mode"] == "async":

@@ -1,6 +1,6 @@
 """Cells of a study: one training run each, a live engine included, kept as one line of a JSONL file.
 
-A cell that has its line is not run again; one that was killed goes on where its run directory stopped.
+A cell that has its line is not run again; one that was killed resumes where its run directory stopped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ from oapl_engine.report.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 CURVE = 20  # steps that a point of a kept curve is the mean of
-CURVES = ("reward/all/mean", "entropy", "log_ratio/std", "optim/grad_norm", "tokens/generated")
+# Curve of a study's row to the metric that it is the mean of. The names of rows are those of the committed data.
+CURVES = {
+    "reward_mean": "reward/all/mean",
+    "entropy": "entropy/all/mean",
+    "log_ratio_std": "log_ratio/std",
+    "grad_norm": "optim/grad_norm",
+    "tokens_generated": "tokens/generated",
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ def run_cell(recipe: str, cell: Cell, run: Path, workers: int = 1) -> dict[str, 
 
 
 def what_to_keep(run: Path) -> dict[str, Any]:
-    """Evaluations with counts a problem, curves of means over CURVE steps, the largest distance from the engine."""
+    """Evaluations with counts per problem, curves of means over CURVE steps, the largest distance from the engine."""
     evaluations = [
         {
             "step": found.step,
@@ -90,17 +97,14 @@ def what_to_keep(run: Path) -> dict[str, Any]:
     ]
     rows = read_metrics(run / "metrics.jsonl")
     kl = [-row["log_ratio/mean"] for row in rows if row["log_ratio/mean"] is not None]
-    curves = {name: _means([row[name] for row in rows]) for name in CURVES}
-    lag = {
-        "off_policy/mean": float(np.mean([row["off_policy/mean"] for row in rows])),
-        "off_policy/max": max(r["off_policy/max"] for r in rows),
-    }
+    curves = {name: _means([row[metric] for row in rows]) for name, metric in CURVES.items()}
     return {
         "steps": rows[-1]["step"],
         "evaluations": evaluations,
         "curves": curves,
         "kl_max": max(kl, default=None),
-        **lag,
+        "lag_mean": float(np.mean([row["off_policy/mean"] for row in rows])),
+        "lag_max": max(row["off_policy/max"] for row in rows),
     }
 
 

@@ -2,20 +2,23 @@
 
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
 
 from oapl_engine import config
 from oapl_engine.inference.protocol import Sampling
-from oapl_engine.inference.supervisor import EngineOptions, start_engine
-from oapl_engine.rollout.collector import Collector
+from oapl_engine.inference.supervisor import EngineOptions
+from oapl_engine.rollout.session import EngineSession
 from oapl_engine.samples import Prompt
-from oapl_engine.trainer.policy import Policy, load_policy, published_weights
+from oapl_engine.trainer.loading import load_policy
+from oapl_engine.trainer.policy import Policy, published_weights
 from oapl_engine.weights.attest import WeightMismatchError
-from oapl_engine.weights.publish import Publisher
+from oapl_engine.weights.control import EngineControl, Inspect
+from oapl_engine.weights.publish import Publisher, publish_paused
 from oapl_engine.weights.transports import make_buckets
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 8, 24
@@ -23,18 +26,24 @@ NOISE = 0.02  # of a parameter's standard deviation
 
 
 def check_weights(folder: str) -> str | None:
-    """None if parameters and greedy output of both engines are identical, else the first difference. Prints the last
-    line that contracts.md promises. Raises ConfigError for a folder that holds no model."""
+    """None if parameters and greedy output of both engines are identical, else the first difference.
+
+    Prints the last line that docs/formats.md promises. Raises ConfigError for a folder that does not hold a model.
+    """
     begin = time.monotonic()
     policy = load_policy(config.ModelConfig(path=folder), config.TrainConfig())
     with tempfile.TemporaryDirectory(prefix="oapl-doctor-") as scratch:
+        perturbed = Path(scratch, "perturbed")
         try:
-            live = _Answers(folder, Path(scratch), lambda engine: _publish_perturbed(policy, engine))
+            with _open_session(folder, Path(scratch)) as session:
+                publish_perturbed(policy, session.control)
+                live = EngineSnapshot.take(session)
         except WeightMismatchError as mismatch:
             return str(mismatch)
-        policy.model.save_pretrained(f"{scratch}/perturbed", state_dict=dict(published_weights(policy)))
-        policy.tokenizer.save_pretrained(f"{scratch}/perturbed")
-        fresh = _Answers(f"{scratch}/perturbed", Path(scratch))
+        policy.model.save_pretrained(perturbed, state_dict=dict(published_weights(policy)))
+        policy.tokenizer.save_pretrained(perturbed)
+        with _open_session(str(perturbed), Path(scratch)) as session:
+            fresh = EngineSnapshot.take(session)
     difference = live.difference(fresh)
     if difference is None:
         count = sum(len(rank) for rank in live.checksums)
@@ -42,24 +51,27 @@ def check_weights(folder: str) -> str | None:
     return difference
 
 
-class _Answers:
-    """Checksums of the parameters, by rank and name, and greedy responses of an engine after `update`."""
+@dataclass(frozen=True)
+class EngineSnapshot:
+    """What an engine holds and says.
 
-    def __init__(self, folder: str, scratch: Path, update: Any = None) -> None:
-        options = EngineOptions(folder, max_model_len=PROMPT_TOKENS + NEW_TOKENS, kv_cache_mb=256)
-        with start_engine(options, scratch / "engine.log") as engine:
-            collector = Collector(engine.client)
-            if update:
-                update(lambda phase, payload: collector.call(engine.client.control(phase, payload)))
-            reply = collector.call(engine.client.transfer("inspect", {}))
-            self.checksums: list[dict[str, int]] = reply["reports"]
-            rng = np.random.default_rng(0)
-            prompts = [Prompt(str(i), rng.integers(2, 40, PROMPT_TOKENS).astype(np.int32), "") for i in range(PROMPTS)]
-            how = Sampling(temperature=0, max_new_tokens=NEW_TOKENS, ignore_stops=True)
-            self.responses = [group[0].token_ids for group in collector.generate_many(prompts, 1, how)]
-            collector.close()
+    checksums:  of the parameters by name, one dict per rank of the engine
+    responses:  token ids of greedy responses to fixed prompts
+    """
+
+    checksums: list[dict[str, int]]
+    responses: list[list[int]]
+
+    @classmethod
+    def take(cls, session: EngineSession) -> Self:
+        rng = np.random.default_rng(0)
+        prompts = [Prompt(str(i), rng.integers(2, 40, PROMPT_TOKENS).astype(np.int32), "") for i in range(PROMPTS)]
+        greedy = Sampling(temperature=0, max_new_tokens=NEW_TOKENS, ignore_stops=True)
+        responses = [group[0].ids().tolist() for group in session.generate(prompts, 1, greedy)]
+        return cls(session.control.update(Inspect()).reports, responses)
 
     def difference(self, fresh: Self) -> str | None:
+        """The first difference to a freshly loaded engine, None if there is none."""
         for rank, (ours, theirs) in enumerate(zip(self.checksums, fresh.checksums, strict=True)):
             for name in ours | theirs:
                 if ours.get(name) != theirs.get(name):
@@ -70,7 +82,8 @@ class _Answers:
         return None
 
 
-def _publish_perturbed(policy: Policy, control: Any) -> None:
+def publish_perturbed(policy: Policy, control: EngineControl) -> None:
+    """Change every parameter of the policy a little, the same way each time, and publish it."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in policy.model.parameters():
@@ -83,6 +96,11 @@ def _publish_perturbed(policy: Policy, control: Any) -> None:
         make_buckets=lambda size: make_buckets("auto", size),
     )
     try:
-        publisher.publish(1)
+        publish_paused(publisher, 1)
     finally:
         publisher.close()
+
+
+def _open_session(folder: str, scratch: Path) -> EngineSession:
+    options = EngineOptions(folder, max_model_len=PROMPT_TOKENS + NEW_TOKENS, kv_cache_mb=256)
+    return EngineSession(options, scratch / "engine.log")

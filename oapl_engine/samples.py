@@ -1,6 +1,6 @@
-"""The words that rooms share: Prompt, Rollout, Group, Batch. Frozen; arrays are numpy and read-only by convention.
+"""Shared data types: Prompt, Rollout, Group, Batch. Frozen; arrays are numpy and read-only by convention.
 
-Notation as in docs: T packed tokens, N scored sequences, P groups (prompts), G rollouts a group.
+Notation as in docs: T packed tokens, N scored sequences, R scored rows, P groups (prompts), G rollouts per group.
 """
 
 from collections.abc import Sequence
@@ -38,11 +38,18 @@ class Span:
 class Rollout:
     """One sampled response.
 
-    key: "{epoch}.{prompt_id}.{attempt}.{sample}", unique for the life of a run.
-    token_ids [S] i32: the prompt and everything after it, the stop token included.
-    loss_mask [S] u8: 1 on tokens that the policy sampled, 0 on the prompt and on tool or environment tokens.
-    behavior_logprob [S] f32: processed log-prob under the sampling policy, nats; 0 where loss_mask is 0.
-    reward: f64, None unless status is "scored".
+    key:               "{epoch}.{prompt_id}.{attempt}.{sample}", unique for the life of a run
+    prompt_id, group:  whose response it is; sample: its number in the group
+    task:              name of the data source
+    token_ids:         [S] i32, the prompt and everything after it, the stop token included
+    prompt_length:     tokens of the prompt
+    loss_mask:         [S] u8, 1 on tokens that the policy sampled, 0 on the prompt and on tool or environment tokens
+    behavior_logprob:  [S] f32, processed log-prob under the sampling policy, nats; 0 where loss_mask is 0
+    spans:             which policy version sampled which response tokens
+    finish, status:    how generation ended; what became of the response
+    reward:            None unless status is "scored"
+    reward_detail:     what the verifier says about it
+    finished_ns:       nanoseconds since the epoch when its last token was there; 0: unknown
     """
 
     key: str
@@ -59,7 +66,6 @@ class Rollout:
     status: Status
     reward: float | None = None
     reward_detail: dict[str, Any] = field(default_factory=dict)
-    started_ns: int = 0
     finished_ns: int = 0
 
     @property
@@ -88,33 +94,38 @@ class Group:
 class PromptSpan:
     """Rows of one group in a Batch: a shared prefix (its prompt but the last token), then the responses that read it.
 
-    length 0: nothing is shared, and each response's rows begin with its whole prompt.
+    start:      first row of the prefix
+    length:     rows of the prefix; 0: nothing is shared, and each response's rows begin with its complete prompt
+    responses:  (first row, rows) of each response, in order, without gaps
     """
 
     start: int
     length: int
-    responses: tuple[tuple[int, int], ...]  # (first row, rows) of each response, in order, without gaps
+    responses: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class Batch:
     """One packed micro-batch: rows of several groups one after another, no padding. Made by trainer.packing.
 
-    token_ids [T] i64, positions [T] i64; target [T] i64: the token that row t predicts, -100 where none is trained;
-    mask [T] u8: 1 where target is a sampled token; behavior_logprob [T] f32 of target; prompts: one span a group;
-    rows [R] i64: the rows with mask 1 (all that the head computes); cu_seqlens [N+1] i64: offsets of sequences in rows;
-    cu_groups [P+1] i64: sequences of each group; advantage [N] f32; keys: N rollout keys.
-    proximal_logprob, reference_logprob [T] f32: only for objectives that ask for them (trainer.score.fill_logprobs).
+    token_ids, positions:  [T] i64
+    target:                [T] i64, the token that row t predicts, -100 where none is trained
+    behavior_logprob:      [T] f32 of target, 0 where none is trained
+    rows:                  [R] i64, the rows with a target (all that the head computes)
+    cu_seqlens:            [N+1] i64, offsets of sequences in rows
+    prompts:               one span per group
+    advantage:             [N] f32
+    keys:                  N rollout keys
+    proximal_logprob, reference_logprob:
+                           [T] f32, only for objectives that need them (trainer.score.fill_logprobs)
     """
 
     token_ids: NDArray[np.int64]
     positions: NDArray[np.int64]
     target: NDArray[np.int64]
-    mask: NDArray[np.uint8]
     behavior_logprob: NDArray[np.float32]
     rows: NDArray[np.int64]
     cu_seqlens: NDArray[np.int64]
-    cu_groups: NDArray[np.int64]
     prompts: tuple[PromptSpan, ...]
     advantage: NDArray[np.float32]
     keys: tuple[str, ...]
@@ -131,14 +142,16 @@ def make_rollout(
     loss_mask: ArrayLike = 1,
     **fields: Any,
 ) -> Rollout:
-    """A rollout of `prompt` with response token ids [R]; log-probs and mask are [R], or one value for all of it.
+    """A rollout of `prompt` with response token ids [R].
 
-    fields: the others of a Rollout by name; `key` too, where it is not the group's and the sample's.
+    logprobs, loss_mask:  [R], or one value for the complete response
+    fields:               the others of a Rollout by name; `key` too, where it is not the group's and the sample's
     """
-    before, tokens = np.zeros(len(prompt.token_ids)), len(np.asarray(response))
+    prompt_length, response_length = len(prompt.token_ids), len(np.asarray(response))
 
-    def behind_prompt(values: ArrayLike) -> NDArray[Any]:
-        return np.concatenate([before, np.broadcast_to(values, tokens)])
+    def after_prompt(values: ArrayLike) -> NDArray[Any]:
+        """[prompt + response]: zeros, then the values."""
+        return np.concatenate([np.zeros(prompt_length), np.broadcast_to(values, response_length)])
 
     return Rollout(
         key=fields.pop("key", f"{group}.{sample}"),
@@ -147,9 +160,9 @@ def make_rollout(
         sample=sample,
         task=prompt.task,
         token_ids=np.concatenate([prompt.token_ids, response]).astype(np.int32),
-        prompt_length=len(before),
-        loss_mask=behind_prompt(loss_mask).astype(np.uint8),
-        behavior_logprob=behind_prompt(logprobs).astype(np.float32),
+        prompt_length=prompt_length,
+        loss_mask=after_prompt(loss_mask).astype(np.uint8),
+        behavior_logprob=after_prompt(logprobs).astype(np.float32),
         **fields,
     )
 

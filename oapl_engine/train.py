@@ -1,4 +1,7 @@
-"""`torchrun -m oapl_engine.train RECIPE`: wires the rooms and carries out the scheduler's commands until Exit."""
+"""`torchrun -m oapl_engine.train RECIPE`: opens a run and its handlers, and drives them until Exit.
+
+Algorithm 1 (arXiv 2602.19362) is in scheduler/core.py: it decides, the handlers here carry out.
+"""
 
 import os
 import queue
@@ -6,66 +9,71 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
-from oapl_engine.config import Recipe
-from oapl_engine.data.model_folder import resolve_model
+# Read when torch loads its OpenMP library: idle threads must not spin on the cores that engine and trainer share.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+from oapl_engine.config import Recipe, load_recipe
 from oapl_engine.distributed import join_ranks
+from oapl_engine.errors import ConfigError, guarded
 from oapl_engine.evaluation.evaluate import compare, read_problems
-from oapl_engine.orchestrator.generator import open_generator
-from oapl_engine.orchestrator.learner import open_learner
-from oapl_engine.orchestrator.run_directory import open_run, resume_state, save_recipe
-from oapl_engine.report.display import Display
+from oapl_engine.orchestrator.engine_events import EngineEvents
+from oapl_engine.orchestrator.generation import open_generation
+from oapl_engine.orchestrator.learner import Learner
+from oapl_engine.orchestrator.resume import resume_state
+from oapl_engine.orchestrator.run import combine_handlers, open_run, save_recipe
 from oapl_engine.report.metrics import read_evaluations
-from oapl_engine.scheduler import driver
 from oapl_engine.scheduler import events as e
-from oapl_engine.scheduler.core import settings_of
-from oapl_engine.scheduler.lockstep import listener
+from oapl_engine.scheduler.driver import drive
+from oapl_engine.scheduler.lockstep import lockstep_events
+from oapl_engine.sft import make_missing_model
+
+
+def train(path: str, overrides: list[str]) -> int:
+    """Train by the recipe in a file, with `--section.field value` laid over it. Returns the exit code."""
+    recipe = load_recipe(path, overrides)
+    make_missing_model(recipe.model.path, Path(path).parent)
+    return run_recipe(recipe)
 
 
 def run_recipe(recipe: Recipe) -> int:
-    """Train by a recipe, or go on where a killed run stopped. Returns the exit code; raises ConfigError."""
+    """Train by a recipe, or continue where a killed run stopped. Returns the exit code; raises ConfigError."""
     inbox: queue.SimpleQueue[e.Event] = queue.SimpleQueue()
-    ranks = join_ranks()
-    first = ranks.rank == 0
-    with ExitStack() as rooms:
-        run_dir = rooms.enter_context(open_run(recipe)) if first else Path(recipe.run.dir)
-        path = ranks.broadcast(resolve_model(recipe.model.path) if first else None)  # made once, used by all
-        display = Display(recipe.schedule.steps, recipe.schedule.lag, silent=not first)
-        rooms.callback(display.close)
-        learner = open_learner(recipe, replace(recipe.model, path=path), run_dir, display, ranks)
-        rooms.callback(learner.journal.close)
-        rooms.callback(learner.log.close)
-        handlers, generator = learner.handlers(), None
-        rooms.enter_context(stop_on_signal(inbox))
-        if recipe.schedule.mode == "offline":
-            learner.import_rollouts()
-            inbox.put(e.Tick(0))
+    with ExitStack() as stack:
+        run = stack.enter_context(open_run(recipe, join_ranks()))
+        events = EngineEvents(inbox, engine=run.ranks.rank)
+        learner = Learner.open(run)
+        handlers = [run.handlers()]
+        stack.enter_context(stop_on_signal(inbox))
+        if recipe.schedule.traits.generates:
+            if not recipe.schedule.traits.overlaps:
+                learner.offload()  # vLLM sizes its cache from the memory that it finds free
+            handlers += stack.enter_context(open_generation(run, learner.policy, events))
+            events.ready()
         else:
-            generator = rooms.enter_context(open_generator(learner, inbox))
-            handlers |= generator.handlers()
-        evaluated = max(read_evaluations(run_dir), default=-1)
-        settings = settings_of(recipe, engines=ranks.world)
-        state = resume_state(settings, learner.step, learner.log, learner.journal, evaluated, ranks)
-        if first:
-            save_recipe(recipe, run_dir)
-        record = run_dir / "events.jsonl" if first else None
-        state, code = driver.drive(state, inbox, handlers, record, listener(ranks) if ranks.world > 1 else None)
-        if generator and generator.failure:
-            raise generator.failure
-    if code == 0 and first:
+            learner.import_rollouts()
+            inbox.put(e.Start())
+        handlers.append(learner.handlers())  # last: the others prepare Checkpoint and OffloadTrainer
+        state = resume_state(run)
+        if run.ranks.rank == 0:
+            save_recipe(run)
+        record = run.directory / "events.jsonl" if run.ranks.rank == 0 else None
+        lockstep = lockstep_events(run.ranks) if run.ranks.world > 1 else None
+        state, code = drive(state, inbox, combine_handlers(*handlers), record, lockstep)
+        events.raise_failure()
+    if code == 0 and run.ranks.rank == 0:
         print(summary(recipe, state.step), flush=True)
     return code
 
 
 @contextmanager
-def stop_on_signal(inbox: queue.SimpleQueue[e.Event]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask for a clean checkpoint; a second one stops at once."""
+def stop_on_signal(inbox: "queue.SimpleQueue[e.Event]") -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask for a clean checkpoint; a second one stops immediately."""
 
     def ask(number: int, _: object) -> None:
         inbox.put(e.Stop())
-        os.write(2, b"stopping after a checkpoint; once more stops at once\n")
+        os.write(2, b"stopping after a checkpoint; once more stops immediately\n")
         signal.signal(number, signal.default_int_handler)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -77,10 +85,10 @@ def stop_on_signal(inbox: queue.SimpleQueue[e.Event]) -> Iterator[None]:
 
 
 def summary(recipe: Recipe, steps: int) -> str:
-    """What was done and where it lies; the last line is `done: steps=… pass@1 before=… after=… run=…`."""
+    """What was done and where it is; the last line is `done: steps=… pass@1 before=… after=… run=…`."""
     run = Path(recipe.run.dir)
     rows = read_evaluations(run)
-    before, after = (f"{rows[s]['pass_at_k']:.4f}" if s in rows else "-" for s in (0, steps))
+    before, after = (f"{rows[step]['pass_at_k']:.4f}" if step in rows else "-" for step in (0, steps))
     lines = [f"model: {run / 'checkpoints' / f'step_{steps:06d}'}   metrics: {run / 'metrics.jsonl'}"]
     if {0, steps} <= rows.keys():
         found = {result.step: result for result in read_problems(run)}
@@ -88,10 +96,20 @@ def summary(recipe: Recipe, steps: int) -> str:
         done = f"{steps} steps of {recipe.objective.name}, L = {recipe.schedule.lag}, seed {recipe.run.seed}"
         difference = f"held-out pass@1 {change:+.4f} ± {error:.4f} (paired) on {len(found[0].problems)} problems"
         lines.insert(0, f"{done}: {difference}")
-    return "\n".join([*lines, f"done: steps={steps} pass@1 before={before} after={after} run={recipe.run.dir}"])
+    lines.append(f"done: steps={steps} pass@1 before={before} after={after} run={recipe.run.dir}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """Entry point under torchrun; `oapl train` is the same command."""
+
+    def work() -> int:
+        if not argv or argv[0].startswith("-"):
+            raise ConfigError("usage: torchrun … -m oapl_engine.train RECIPE [--section.field VALUE …]")
+        return train(argv[0], argv[1:])
+
+    return guarded(work)
 
 
 if __name__ == "__main__":
-    from oapl_engine.cli import main
-
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.exit(main(sys.argv[1:]))

@@ -2,29 +2,32 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oapl_engine.config import EvaluationConfig
 from oapl_engine.evaluation.pass_at_k import mean_and_error, paired_difference, pass_at_k_each
-from oapl_engine.rewards import Verdict
+from oapl_engine.inference.protocol import Sampling
+from oapl_engine.rollout.session import EngineSession
 from oapl_engine.samples import Prompt
 
-TokenIds = Sequence[int]
-Generate = Callable[[Sequence[Prompt], int, float], Sequence[Sequence[TokenIds]]]
-Verify = Callable[[Sequence[tuple[Prompt, TokenIds]]], Sequence[Verdict]]
-ABOUT = ("step", "version", "task", "seed", "n", "temperature")
+ID_COLUMNS = ("step", "version", "task", "seed", "n", "temperature")
 COLUMNS = ("step", "version", "task", "n", "k", "pass_at_k", "standard_error", "seed", "temperature")
 CORRECT = 1.0  # reward from which a response counts as correct; partial credit below it does not
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """Counts of one evaluation, in the order of the prompts: `correct` of `n` samples each, `invalid` without a reward.
+class EvaluationResult:
+    """Counts of one evaluation, in the order of the prompts.
 
-    An invalid sample counts as not correct.
+    step, version:  of the policy that answered
+    task, seed:     which problems, and the seed of the run
+    n:              samples per problem
+    temperature:    of sampling
+    problems:       ids
+    correct:        correct samples of each problem, out of n
+    invalid:        samples of each problem without a reward; they count as not correct
     """
 
     step: int
@@ -43,75 +46,89 @@ class Evaluated:
 
 
 def evaluate(
+    session: EngineSession,
     prompts: Sequence[Prompt],
-    generate: Generate,
-    verify: Verify,
-    settings: EvaluationConfig,
+    n: int,
+    sampling: Sampling,
     *,
     step: int,
     version: int,
     seed: int,
-) -> Evaluated:
-    """settings.n samples a prompt, verified and counted.
+) -> EvaluationResult:
+    """n samples per prompt from the session's engine, verified and counted. Raises EngineLostError.
 
-    generate(prompts, n, temperature) -> for each prompt n responses as token ids; verify([(prompt, response), …]) ->
-    their verdicts. Raises ValueError where either returns another number than asked for.
+    Raises ValueError where the session returns another number of samples or verdicts than asked for.
     """
     if not prompts:
         raise ValueError("no held-out problem to evaluate: raise data.held_out, or set evaluation.n = 0")
-    groups = generate(prompts, settings.n, settings.temperature)
-    if [len(g) for g in groups] != [settings.n] * len(prompts):
-        raise ValueError(f"generate returned groups of {[len(g) for g in groups]}, not {len(prompts)} of {settings.n}")
-    pairs = [(prompt, response) for prompt, group in zip(prompts, groups, strict=True) for response in group]
-    verdicts = verify(pairs)
+    groups = session.generate(prompts, n, sampling)
+    if [len(group) for group in groups] != [n] * len(prompts):
+        sizes = [len(group) for group in groups]
+        raise ValueError(f"the engine returned groups of {sizes}, not {len(prompts)} of {n}")
+    pairs = [(prompt, sample.ids()) for prompt, group in zip(prompts, groups, strict=True) for sample in group]
+    verdicts = session.verify(pairs)
     if len(verdicts) != len(pairs):
-        raise ValueError(f"verify returned {len(verdicts)} verdicts on {len(pairs)} responses")
-    each = [verdicts[i : i + settings.n] for i in range(0, len(pairs), settings.n)]
-    invalid = tuple(sum(v.status != "scored" for v in group) for group in each)
-    correct = tuple(sum(v.reward is not None and v.reward >= CORRECT for v in group) for group in each)
-    about = (step, version, prompts[0].task, seed, settings.n, settings.temperature)
-    return Evaluated(*about, tuple(p.id for p in prompts), correct, invalid)
+        raise ValueError(f"the verifier returned {len(verdicts)} verdicts on {len(pairs)} responses")
+    each = [verdicts[i : i + n] for i in range(0, len(pairs), n)]
+    return EvaluationResult(
+        step=step,
+        version=version,
+        task=prompts[0].task,
+        seed=seed,
+        n=n,
+        temperature=sampling.temperature,
+        problems=tuple(prompt.id for prompt in prompts),
+        correct=tuple(sum(v.reward is not None and v.reward >= CORRECT for v in group) for group in each),
+        invalid=tuple(sum(v.status != "scored" for v in group) for group in each),
+    )
 
 
-def append_evaluation(result: Evaluated, ks: Sequence[int], run_dir: str | Path) -> None:
-    """One line a k to eval.jsonl, one line a problem to eval_problems.jsonl (for paired comparison)."""
+def append_evaluation(result: EvaluationResult, ks: Sequence[int], run_dir: str | Path) -> None:
+    """One line per k to eval.jsonl, one line per problem to eval_problems.jsonl (for paired comparison)."""
     lines = []
     for k in ks:
         mean, error = result.pass_at_k(k)
         measured = {"k": k, "pass_at_k": mean, "standard_error": None if math.isnan(error) else error}
-        row = _about(result) | measured
+        row = _identity(result) | measured
         lines.append({name: row[name] for name in COLUMNS})
     append_problems(result, run_dir)
     _append(Path(run_dir) / "eval.jsonl", lines)
 
 
-def append_problems(result: Evaluated, run_dir: str | Path) -> None:
-    """One line a problem to eval_problems.jsonl."""
+def append_problems(result: EvaluationResult, run_dir: str | Path) -> None:
+    """One line per problem to eval_problems.jsonl."""
     counts = zip(result.problems, result.correct, result.invalid, strict=True)
-    rows = [_about(result) | {"problem": p, "correct": c, "invalid": i} for p, c, i in counts]
+    rows = [_identity(result) | {"problem": p, "correct": c, "invalid": i} for p, c, i in counts]
     _append(Path(run_dir) / "eval_problems.jsonl", rows)
 
 
-def _about(result: Evaluated) -> dict[str, Any]:
-    return {name: getattr(result, name) for name in ABOUT}
+def _identity(result: EvaluationResult) -> dict[str, Any]:
+    return {name: getattr(result, name) for name in ID_COLUMNS}
 
 
-def compare(before: Evaluated, after: Evaluated, k: int = 1) -> tuple[float, float]:
+def compare(before: EvaluationResult, after: EvaluationResult, k: int = 1) -> tuple[float, float]:
     """Paired difference of pass@k, after − before, and its standard error. Raises ValueError on other problems."""
     if before.problems != after.problems:
         raise ValueError(f"evaluations of steps {before.step} and {after.step} are not on the same problems")
     return paired_difference(before.n, before.correct, after.correct, k, after.n)
 
 
-def read_problems(run_dir: str | Path) -> list[Evaluated]:
+def read_problems(run_dir: str | Path) -> list[EvaluationResult]:
     """The evaluations of a run from eval_problems.jsonl, oldest first; one repeated after a resume counts once."""
     found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for line in (Path(run_dir) / "eval_problems.jsonl").read_text().splitlines():
         row = json.loads(line)
-        key = tuple(row[name] for name in ABOUT)
+        key = tuple(row[name] for name in ID_COLUMNS)
         found.setdefault(key, {})[row["problem"]] = row
-    fields = ("problem", "correct", "invalid")
-    return [Evaluated(*key, *(tuple(r[f] for r in rows.values()) for f in fields)) for key, rows in found.items()]
+    return [
+        EvaluationResult(
+            **dict(zip(ID_COLUMNS, key, strict=True)),
+            problems=tuple(rows),
+            correct=tuple(row["correct"] for row in rows.values()),
+            invalid=tuple(row["invalid"] for row in rows.values()),
+        )
+        for key, rows in found.items()
+    ]
 
 
 def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -99,7 +99,10 @@ def _truncation(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
 
 def _hot(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
     kl = max((-row["log_ratio/mean"] for row in rows if row.get("log_ratio/mean") is not None), default=0.0)
-    (reward_0, reward_1), (entropy_0, entropy_1) = _quarters(rows, "reward/all/mean"), _quarters(rows, "entropy")
+    (reward_0, reward_1), (entropy_0, entropy_1) = (
+        _quarters(rows, "reward/all/mean"),
+        _quarters(rows, "entropy/all/mean"),
+    )
     fell = reward_1 < 0.7 * reward_0
     collapsed = entropy_1 < 0.3 * entropy_0 and reward_1 < reward_0
     if kl > HOT_NATS or fell or collapsed:

@@ -1,4 +1,4 @@
-"""Seconds by activity between two optimizer steps: the seconds_* of metrics.jsonl."""
+"""Seconds by activity between two optimizer steps: the time/* of metrics.jsonl."""
 
 import time
 from collections import defaultdict
@@ -27,10 +27,10 @@ class Stopwatch:
         self._seconds[name] += seconds
 
     def take(self) -> dict[str, float]:
-        """Seconds since the last take, `seconds_{name}`, with what nothing measured as idle; then starts from zero."""
+        """Seconds since the last take by metric name, with what nothing measured as idle; then starts from zero."""
         now = time.monotonic()
         total, self._last = now - self._last, now
-        taken = {f"seconds_{name}": seconds for name, seconds in self._seconds.items()}
+        taken = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         idle = max(0.0, total - sum(s for name, s in self._seconds.items() if name not in OVERLAPPING))
         self._seconds.clear()
         return {**taken, "time/idle": idle, "time/step": total}

@@ -5,37 +5,46 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 from oapl_engine.errors import RunError
 
-NETWORK = ("nfs", "nfs4", "lustre", "cifs", "smb3", "fuse.sshfs", "beegfs", "gpfs", "ceph")
+SCHEMA_VERSION = 2  # of log and journal; stored as PRAGMA user_version. 1: oapl-engine 0.1, which left it at 0
+NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "lustre", "cifs", "smb3", "fuse.sshfs", "beegfs", "gpfs", "ceph")
 
 
 class CorruptLogError(RunError):
-    """A stored row or file does not match its checksum, or is no database."""
+    """A stored row or file does not match its checksum, is not a database, or is one of another version."""
 
 
 class Database:
-    """A file with `schema` applied; what was committed is on disk (synchronous=FULL). Safe to use from several threads,
-    one writer at a time. Raises CorruptLogError where the file is no database."""
+    """A file with `schema` applied; what was committed is on disk (synchronous=FULL).
 
-    def __init__(self, path: Path, schema: str):
+    Safe to use from several threads, one writer at a time. Rows are read as sqlite3.Row. Raises CorruptLogError where
+    the file is not a database of this version.
+    """
+
+    def __init__(self, path: Path, schema: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        self._db.row_factory = sqlite3.Row
         try:
-            if file_system(path) in NETWORK:
+            self._check_version(path)
+            if file_system(path) in NETWORK_FILE_SYSTEMS:
                 self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
                 self._db.execute("PRAGMA journal_mode=DELETE")
             else:
                 self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(schema)
+            self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         except sqlite3.DatabaseError as error:
             raise CorruptLogError(
                 f"{path}: {error}; move the file away to start anew, or restore it from a copy"
             ) from error
 
-    def rows(self, query: str, *values: object) -> list[tuple]:
+    def rows(self, query: str, *values: object) -> list[sqlite3.Row]:
         with self._lock:
             return self._db.execute(query, values).fetchall()
 
@@ -50,13 +59,19 @@ class Database:
         with self._lock:
             self._db.close()
 
+    def _check_version(self, path: Path) -> None:
+        (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if tables and version != SCHEMA_VERSION:
+            self._db.close()
+            raise CorruptLogError(
+                f"{path} has schema {version or 1}, this version of oapl-engine reads {SCHEMA_VERSION}: start in a new "
+                "run.dir, or export the run with the version that wrote it (oapl rollouts)"
+            )
+
 
 def file_system(path: Path) -> str:
-    """Type of the file system that holds `path`, from the kernel's mount table; "" where there is none."""
-    mounts = Path("/proc/mounts")
-    if not mounts.exists():
-        return ""
-    target = str(path.resolve())
-    rows = [line.split() for line in mounts.read_text().splitlines()]
-    inside = [(r[1], r[2]) for r in rows if target == r[1] or target.startswith(r[1].rstrip("/") + "/")]
-    return max(inside, key=lambda row: len(row[0]))[1] if inside else ""
+    """Type of the file system that holds `path`; "" where the system does not tell."""
+    target = path.resolve()
+    inside = [part for part in psutil.disk_partitions(all=True) if target.is_relative_to(part.mountpoint)]
+    return max(inside, key=lambda part: len(part.mountpoint)).fstype if inside else ""

@@ -1,7 +1,8 @@
-"""Finished rollouts from a file, for offline training: our export (JSONL or Parquet) and the OAPL authors' Parquet.
+"""Finished rollouts as rows: exported from a run (`oapl rollouts`), imported from a file for offline training.
 
-Ours has token ids and behaviour log-probs. Theirs (the paper's code experiment) has text, one response a row, and all
-rewards that were recorded for the prompt, for the group value; its behaviour log-probs must be recomputed.
+Two formats are read. Ours (JSONL or Parquet, what the export writes) has token ids and behaviour log-probs. The OAPL
+authors' Parquet (the paper's code experiment) has text, one response per row, and all rewards that were recorded for
+the prompt, for the group value; its behaviour log-probs must be recomputed.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -19,21 +20,35 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from oapl_engine.errors import ConfigError
-from oapl_engine.samples import Group, Prompt, Rollout, Span, group_key, make_rollout
+from oapl_engine.rollout_log.journal import Journal
+from oapl_engine.rollout_log.log import RolloutLog
+from oapl_engine.samples import Group, Prompt, Rollout, Span, Status, group_key, make_rollout
 
-IDENTITY = ("key", "prompt_id", "group", "sample", "version_first", "version_last")
-OURS = (*IDENTITY, "prompt_token_ids", "response_token_ids", "behavior_logprobs", "reward", "status")
+OURS = (
+    "key",
+    "prompt_id",
+    "group",
+    "sample",
+    "version_first",
+    "version_last",
+    "prompt_token_ids",
+    "response_token_ids",
+    "behavior_logprobs",
+    "reward",
+    "status",
+)
 AUTHORS = ("prompt", "response", "precomputed_reward", "response_rewards")
 TASK = "offline"
-STATUSES = ("scored", "invalid", "aborted", "lost")
 Row = tuple[str, dict[str, Any]]  # where ("FILE line 3"), and the fields
 
 
 @dataclass(frozen=True)
 class RolloutFile:
-    """groups in order of the file; recorded_rewards: group id to all rewards of the prompt (the authors' format).
+    """What a file holds.
 
-    has_behavior: False where behaviour log-probs must be recomputed by the policy that generated the rollouts.
+    groups:            in order of the file
+    recorded_rewards:  group id to all rewards of the prompt (the authors' format)
+    has_behavior:      False where the policy that generated the rollouts must recompute behaviour log-probs
     """
 
     groups: tuple[Group, ...]
@@ -43,12 +58,47 @@ class RolloutFile:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a rollout is checked against. vocabulary: rows of the head; no stop_token_ids: eos; group_size: at least."""
+    """What a rollout is checked against.
+
+    vocabulary:      rows of the head; token ids are below it
+    max_new_tokens:  responses are cut here
+    stop_token_ids:  that end a response; empty: the tokenizer's eos
+    group_size:      rollouts that a group has at least
+    """
 
     vocabulary: int
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
     group_size: int
+
+
+def export_rollouts(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """One JSON-ready object per rollout of a run, in order of arrival: the columns of OURS and `trained_steps`.
+
+    Example: `json.dumps(next(export_rollouts(Path("runs/micro"))))` is a line that read_rollouts reads back.
+    """
+    uses = Journal(run_dir / "journal.sqlite").uses()
+    for path in sorted((run_dir / "rollouts").glob("rank*.sqlite")):
+        for rollout in RolloutLog(path).rollouts():
+            yield _exported(rollout, uses.get(rollout.key, []))
+
+
+def _exported(rollout: Rollout, trained_steps: list[int]) -> dict[str, Any]:
+    versions = [span.version for span in rollout.spans] or [0]
+    return {
+        "key": rollout.key,
+        "prompt_id": rollout.prompt_id,
+        "group": rollout.group,
+        "sample": rollout.sample,
+        "version_first": min(versions),
+        "version_last": max(versions),
+        "prompt_token_ids": rollout.token_ids[: rollout.prompt_length].tolist(),
+        "response_token_ids": rollout.response_ids.tolist(),
+        "behavior_logprobs": [float(x) for x in rollout.behavior_logprob[rollout.prompt_length :]],
+        "reward": rollout.reward,
+        "status": rollout.status,
+        "trained_steps": trained_steps,
+    }
 
 
 def read_rollouts(path: str | Path, limits: Limits, tokenizer: Any = None) -> RolloutFile:
@@ -90,7 +140,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             except ValueError as error:
                 raise ConfigError(f"{where} is not JSON: {error}") from error
             if not isinstance(row, dict):
-                raise ConfigError(f"{where} is a JSON {type(row).__name__}: write one object a line")
+                raise ConfigError(f"{where} is a JSON {type(row).__name__}: write one object per line")
             yield where, row
 
 
@@ -102,7 +152,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                 number += 1
                 yield f"{path} row {number}", row
     except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"rollouts {path} is damaged or no Parquet file: {error}") from error
+        raise ConfigError(f"rollouts {path} is damaged or not a Parquet file: {error}") from error
 
 
 def _ours(path: Path, rows: Iterable[Row], limits: Limits) -> RolloutFile:
@@ -134,8 +184,8 @@ def _group(name: str, rollouts: list[Rollout]) -> Group:
 
 
 def _our_rollout(where: str, row: dict[str, Any], limits: Limits) -> Rollout:
-    if row["status"] not in STATUSES:
-        raise ConfigError(f'{where}: status = "{row["status"]}" is none of {", ".join(STATUSES)}')
+    if row["status"] not in get_args(Status):
+        raise ConfigError(f'{where}: status = "{row["status"]}" is not one of {", ".join(get_args(Status))}')
     prompt = _tokens(where, "prompt_token_ids", row["prompt_token_ids"], limits)
     response = _tokens(where, "response_token_ids", row["response_token_ids"], limits)
     scored = row["status"] == "scored"
@@ -179,7 +229,7 @@ def _tokens(where: str, name: str, values: Any, limits: Limits) -> NDArray[np.in
 
 def _behavior(where: str, values: Any, mask: NDArray[np.uint8], response: NDArray[np.int32]) -> NDArray[np.float32]:
     if not isinstance(values, list) or not len(values) == len(mask) == len(response):
-        raise ConfigError(f"{where}: behavior_logprobs must be {len(response)} numbers, one a response token")
+        raise ConfigError(f"{where}: behavior_logprobs must be {len(response)} numbers, one per response token")
     numbers = np.array(values, np.float64)  # None becomes NaN
     wrong = np.flatnonzero((mask != 0) & ~(np.isfinite(numbers) & (numbers <= 0)))
     if len(wrong):
@@ -216,7 +266,7 @@ def _authors_rollout(
 ) -> Rollout:
     prompt = _tokens(where, "prompt", _prompt_tokens(where, row["prompt"], tokenizer), limits)
     if not isinstance(row["response"], str) or not row["response"]:
-        raise ConfigError(f"{where}: response is empty or no text: a rollout needs at least one token")
+        raise ConfigError(f"{where}: response is empty or not text: a rollout needs at least one token")
     ids = list(tokenizer(row["response"], add_special_tokens=False)["input_ids"])
     if ids[-1] not in limits.stop_token_ids:
         ids.append(tokenizer.eos_token_id)  # text loses the stop token that the policy sampled

@@ -7,7 +7,7 @@ from pathlib import Path
 from oapl_engine.rollout_log.database import Database
 
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS step(step INTEGER NOT NULL, version INTEGER NOT NULL, keys TEXT NOT NULL, rng TEXT NOT NULL,
+CREATE TABLE IF NOT EXISTS step(step INTEGER NOT NULL, version INTEGER NOT NULL, keys TEXT NOT NULL,
     state TEXT NOT NULL CHECK(state IN ('intent', 'done')), weight_hash TEXT, PRIMARY KEY(step, state));
 CREATE TABLE IF NOT EXISTS published(version INTEGER PRIMARY KEY, step INTEGER NOT NULL, weight_hash TEXT NOT NULL,
     incarnation INTEGER NOT NULL);
@@ -15,33 +15,33 @@ CREATE TABLE IF NOT EXISTS "use"(key TEXT NOT NULL, step INTEGER NOT NULL, PRIMA
 CREATE TABLE IF NOT EXISTS disposition(key TEXT NOT NULL, "column" TEXT NOT NULL, PRIMARY KEY(key, "column"));
 CREATE TABLE IF NOT EXISTS tokens(incarnation INTEGER NOT NULL, "column" TEXT NOT NULL, n INTEGER NOT NULL);
 """
-STEP = "INSERT OR IGNORE INTO step VALUES (?, ?, ?, ?, ?, ?)"
+STEP = "INSERT OR IGNORE INTO step VALUES (?, ?, ?, ?, ?)"
 
 
 @dataclass(frozen=True)
 class JournalStep:
-    """One optimizer step: the groups it was given and the version that served then."""
+    """One optimizer step and the groups that it was given."""
 
     step: int
-    version: int
     groups: tuple[str, ...]
-    done: bool
 
 
 class Journal(Database):
     """journal.sqlite of a run directory."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         super().__init__(Path(path), SCHEMA)
 
-    def intent(self, step: int, version: int, groups: tuple[str, ...], rng: str) -> None:
+    def intent(self, step: int, version: int, groups: tuple[str, ...]) -> None:
         """Before the weights change: this step will train these groups. A replayed step keeps its first row."""
-        self.write((STEP, [(step, version, json.dumps(groups), rng, "intent", None)]))
+        self.write((STEP, [(step, version, json.dumps(groups), "intent", None)]))
 
     def done(self, step: int, version: int, groups: tuple[str, ...], used: list[str], weight_hash: str) -> str:
-        """After the weights changed; `used` are the rollout keys that took part in the loss. Returns the weights' hash
-        when this step was done first: another one than given, and a replay did not give the same weights."""
-        row = (step, version, json.dumps(groups), "", "done", weight_hash)
+        """After the weights changed. used: keys of the rollouts that took part in the loss.
+
+        Returns the weights' hash when this step was done first; if it is not weight_hash, a replay gave other weights.
+        """
+        row = (step, version, json.dumps(groups), "done", weight_hash)
         self.write((STEP, [row]), ('INSERT OR IGNORE INTO "use" VALUES (?, ?)', [(key, step) for key in used]))
         ((first,),) = self.rows("SELECT weight_hash FROM step WHERE step = ? AND state = 'done'", step)
         return first or weight_hash
@@ -59,12 +59,13 @@ class Journal(Database):
 
     def steps(self) -> list[JournalStep]:
         """Every step that was begun, in order."""
-        query = "SELECT step, version, keys, max(state = 'done') FROM step GROUP BY step ORDER BY step"
-        return [JournalStep(s, v, tuple(json.loads(k)), bool(d)) for s, v, k, d in self.rows(query)]
+        rows = self.rows("SELECT step, keys FROM step GROUP BY step ORDER BY step")
+        return [JournalStep(row["step"], tuple(json.loads(row["keys"]))) for row in rows]
 
     def versions(self) -> list[tuple[int, int]]:
         """(version, step) of every publish."""
-        return self.rows("SELECT version, step FROM published ORDER BY version")
+        rows = self.rows("SELECT version, step FROM published ORDER BY version")
+        return [(row["version"], row["step"]) for row in rows]
 
     def incarnations(self) -> int:
         """Engine incarnations that this run has published to or counted."""
@@ -81,12 +82,12 @@ class Journal(Database):
     def used_since(self, row: int) -> tuple[list[str], int]:
         """Keys of the rollouts trained after row number `row` of the uses, and the last row's number."""
         rows = self.rows('SELECT key, rowid FROM "use" WHERE rowid > ? ORDER BY rowid', row)
-        return [key for key, _ in rows], rows[-1][1] if rows else row
+        return [r["key"] for r in rows], rows[-1]["rowid"] if rows else row
 
     def disposed_since(self, row: int) -> tuple[list[tuple[str, str]], int]:
         """(key, column) of what was disposed of after row number `row`, and the last row's number."""
         rows = self.rows('SELECT key, "column", rowid FROM disposition WHERE rowid > ? ORDER BY rowid', row)
-        return [r[:2] for r in rows], rows[-1][2] if rows else row
+        return [(r["key"], r["column"]) for r in rows], rows[-1]["rowid"] if rows else row
 
     def dispositions(self) -> dict[str, str]:
         return dict(self.disposed_since(0)[0])
@@ -95,6 +96,6 @@ class Journal(Database):
         return self.rows("SELECT sum(n) FROM tokens WHERE \"column\" = 'evaluation'")[0][0] or 0
 
     def engine_tokens(self) -> int | None:
-        """What the engines of all incarnations said last that they had generated; None without an engine."""
+        """Tokens that the engines of all incarnations have generated, as last reported; None without an engine."""
         query = "SELECT sum(n) FROM (SELECT max(n) n FROM tokens WHERE \"column\" = 'engine' GROUP BY incarnation)"
         return self.rows(query)[0][0]

@@ -19,7 +19,7 @@ class Ledger:
     log: RolloutLog
     journal: Journal
     columns: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(COLUMNS, 0)))
-    open: dict[str, tuple[str, int]] = field(default_factory=dict)  # rollouts not trained yet: column and tokens
+    untrained: dict[str, tuple[str, int]] = field(default_factory=dict)  # rollout key to its column and tokens
     seen: dict[str, int] = field(default_factory=lambda: {"rollout": 0, "use": 0, "disposition": 0})
 
     def read(self, engine_tokens: int | None = None) -> dict[str, int]:
@@ -31,12 +31,12 @@ class Ledger:
         for key, status, tokens in arrived:
             self._move(key, "waiting" if status == "scored" else status, tokens)
         for key, column in disposed:
-            if key in self.open:
+            if key in self.untrained:
                 self._move(key, column)
         for key in trained:
-            if key in self.open:
+            if key in self.untrained:
                 self._move(key, "trained")
-                del self.open[key]
+                del self.untrained[key]
         columns = self.columns.copy()
         columns["evaluation"] = self.journal.evaluation_tokens()
         if engine_tokens is not None:
@@ -48,7 +48,7 @@ class Ledger:
         return self.columns.total()
 
     def _move(self, key: str, column: str, tokens: int = 0) -> None:
-        before, tokens = self.open.get(key, (column, tokens))
-        self.columns[before] -= tokens if key in self.open else 0
+        before, tokens = self.untrained.get(key, (column, tokens))
+        self.columns[before] -= tokens if key in self.untrained else 0
         self.columns[column] += tokens
-        self.open[key] = (column, tokens)
+        self.untrained[key] = (column, tokens)

@@ -1,46 +1,54 @@
 """One order of events for all ranks: each runs the same core on it, so all carry out the same commands.
 
-Ranks meet in rounds. In a round everyone tells what it heard and what it answered; rank 0's events come first, then
-those of rank 1, and so on. No rank decides anything that the others do not decide too.
+Ranks meet in rounds. In a round each rank reports the events that it heard and the answers of its handlers; rank 0's
+events come first, then those of rank 1, and so on. No rank decides anything that the others do not decide too.
 """
 
 import contextlib
 import queue
 from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
 
 from oapl_engine.distributed import Ranks
 from oapl_engine.scheduler import events as e
-from oapl_engine.scheduler.driver import Inbox, waiting_in
+from oapl_engine.scheduler.driver import Answers, Inbox, drain_queue
 
-ROUND_SECONDS = 0.02  # between rounds in which nobody had anything to tell
+ROUND_SECONDS = 0.02  # between rounds in which no rank had anything to report
 
 
-def listener(ranks: Ranks) -> Callable[[Inbox, list[e.Event | None]], list[e.Event]]:
-    """`listen` for driver.drive on several ranks."""
+def lockstep_events(ranks: Ranks) -> Callable[[Inbox, Answers], list[e.Event]]:
+    """`next_events` for driver.drive on several ranks."""
 
-    def listen(inbox: Inbox, answers: list[e.Event | None]) -> list[e.Event]:
+    def next_events(inbox: Inbox, answers: Answers) -> list[e.Event]:
         while True:
-            own = waiting_in(inbox) or ([] if answers else _wait(inbox))
-            told = {"heard": [e.to_row(x) for x in own], "answers": [x and e.to_row(x) for x in answers]}
-            everyone = ranks.gather(told)
-            events = [e.from_row(row) for rank in everyone for row in rank["heard"]]
-            events += [x for x in map(_one_answer, zip(*(rank["answers"] for rank in everyone), strict=True)) if x]
+            own = drain_queue(inbox) or ([] if answers else _wait(inbox))
+            rows = ranks.gather(msgspec.to_builtins({"heard": own, "answers": answers}))
+            events = [_message(row) for rank in rows for row in rank["heard"]]
+            by_command = zip(*(rank["answers"] for rank in rows), strict=True)
+            events += [answer for answer in map(merge_answers, by_command) if answer]
             if events:
                 return events
             answers = []
 
-    return listen
+    return next_events
+
+
+def merge_answers(rows: Sequence[dict | None]) -> e.Event | None:
+    """What all ranks together answer to one command: a refusal if one refused, Interrupted only if all were."""
+    answers: list[e.Event] = [_message(row) for row in rows if row]
+    refused = [answer for answer in answers if isinstance(answer, e.PublishFailed)]
+    done = [answer for answer in answers if not isinstance(answer, e.Interrupted)]
+    return next(iter([*refused, *done, *answers]), None)
+
+
+def _message(row: dict[str, Any]) -> e.Event:
+    event: e.Event = msgspec.convert(row, e.ANY)
+    return event
 
 
 def _wait(inbox: Inbox) -> list[e.Event]:
     with contextlib.suppress(queue.Empty):
         return [inbox.get(timeout=ROUND_SECONDS)]
     return []
-
-
-def _one_answer(rows: Sequence[dict | None]) -> e.Event | None:
-    """What all ranks together answer to one command: a refusal if one refused, nothing done only if nobody did it."""
-    answers: list[e.Event] = [e.from_row(row) for row in rows if row]
-    refused = [answer for answer in answers if isinstance(answer, e.PublishFailed)]
-    done = [answer for answer in answers if not isinstance(answer, e.Interrupted)]
-    return next(iter([*refused, *done, *answers]), None)

@@ -93,7 +93,7 @@ def test_torchrun_trains_with_lag_and_accounts_for_every_token(words, tmp_path, 
     assert all(key in row for row in rows for key in KEYS)
     assert [row["policy_version"] for row in rows] == [0] * 8 + [1] * 8 + [2] * 8
     assert [row["off_policy/max"] for row in rows] == list(range(8)) * 3
-    gap = [max(row[f"logprob_gap_{kind}"] for row in rows) for kind in ("mean", "max")]
+    gap = [max(row[f"logprob_gap/{kind}"] for row in rows) for kind in ("mean", "max")]
     figure("engine against trainer log-probs, fp32: mean, max", gap)
     assert gap[0] <= 2e-5
     assert gap[1] <= 5e-4
@@ -108,7 +108,7 @@ def test_torchrun_trains_with_lag_and_accounts_for_every_token(words, tmp_path, 
     messages = driver.read_record(tmp_path / "run" / "events.jsonl")
     assert {m.version for m in messages if isinstance(m, e.Published)} == {0, 1, 2, 3}
     assert not any(isinstance(m, e.EngineLost) for m in messages), "one engine process serves all versions"
-    state = core.State(core.settings_of(load_recipe(words[0], words[1:])))
+    state = core.State(Settings.from_recipe(load_recipe(words[0], words[1:])))
     assert driver.replay(state, messages) == [m for m in messages if isinstance(m, e.Command)], (
         "the recorded events replay"
     )
@@ -197,7 +197,7 @@ def test_ten_dead_engines_are_noticed_and_replaced(words, tmp_path, oapl, figure
     while len(noticed) < 10:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
-        messages = driver.read_timed_record(run / "events.jsonl") if (run / "events.jsonl").exists() else []
+        messages = driver.read_record(run / "events.jsonl") if (run / "events.jsonl").exists() else []
         if sum(isinstance(m, e.Submit) for _, m in messages) > submits and isinstance(messages[-1][1], e.Submit):
             found = [p for p in psutil.Process(process.pid).children() if "engine_process" in " ".join(p.cmdline())]
             killed = time.time()
@@ -219,14 +219,10 @@ def test_ten_dead_engines_are_noticed_and_replaced(words, tmp_path, oapl, figure
     assert ledger["trained"] > 0
     assert trained_twice(oapl, run) == []
     messages = driver.read_record(run / "events.jsonl")
-    assert driver.replay(core.State(core.settings_of(load_recipe(run / "config.toml"))), messages) == [
+    assert driver.replay(core.State(Settings.from_recipe(load_recipe(run / "config.toml"))), messages) == [
         m for m in messages if isinstance(m, e.Command)
     ]
 
 
 def lost_since(run, when):
-    return [
-        (at, m)
-        for at, m in driver.read_timed_record(run / "events.jsonl")
-        if isinstance(m, e.EngineLost) and at >= when
-    ]
+    return [(at, m) for at, m in driver.read_record(run / "events.jsonl") if isinstance(m, e.EngineLost) and at >= when]

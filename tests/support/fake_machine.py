@@ -1,19 +1,17 @@
-"""A machine that obeys the scheduler and judges it: it refuses a wrong order and remembers where every group ended."""
+"""A machine that carries out the scheduler's commands, refuses a wrong order, and remembers where every group ended."""
 
-import sys
-import types
-from pathlib import Path
-
-from oapl_engine.scheduler import core
+from oapl_engine.config import MODES
+from oapl_engine.scheduler import core, driver
 from oapl_engine.scheduler import events as e
+from oapl_engine.scheduler.state import Settings
 
-ENGINE_ANSWERS = (e.Published, e.EvaluationDone, e.Slept, e.Awake)
+ENGINE_ANSWERS = (e.Published, e.EvaluationDone, e.EngineSlept, e.EngineWoke)
 
 
-class World:
+class FakeMachine:
     """Answers every command, in an order drawn from `rng`. lose, invalid, equal: probabilities.
 
-    One device: trainer state and the engines' memory never lie on it together, unless the mode overlaps them.
+    One device: trainer state and the engines' memory are never on it at the same time, unless the mode overlaps them.
     """
 
     def __init__(self, state, rng, lose=0.0, invalid=0.0, equal=0.0, stop=0.0):
@@ -23,12 +21,12 @@ class World:
         self.code, self.log, self.pending = None, [], []
         self.running, self.doomed = {}, {}  # key -> engine, key -> how it will end
         self.version_of, self.uses, self.ended, self.step_of_version = {}, {}, {}, {}
-        self.up = set(range(c.engines)) if c.engine else set()
+        self.up = set(range(c.engines)) if c.generates else set()
         self.awake, self.weights, self.serving = set(self.up), {}, set()
         self.loaded, self.paused, self.version, self.asked = False, "", -1, set()
 
     def run(self, limit=20_000):
-        self.pending = [e.EngineReady(i) for i in self.up] or [e.Tick(0)]
+        self.pending = [e.EngineReady(i) for i in self.up] or [e.Start()]
         for _ in range(limit):
             if self.code is not None:
                 return self.code
@@ -70,24 +68,24 @@ class World:
         self.state, commands = core.step(self.state, event)
         for command in commands:
             self.log.append(command)
-            self.obey(command)
+            self.execute(command)
         s = self.state
         assert s.in_flight == len(self.running), "groups in flight are miscounted"
         assert len(self.running) + len(s.buffer) <= s.settings.max_groups_ahead or not any(
             isinstance(c, e.Submit) for c in commands
-        ), "generation is further ahead than its max_groups_ahead"
+        ), "generation is further ahead than max_groups_ahead"
 
-    def obey(self, command):
+    def execute(self, command):
         c = self.state.settings
         match command:
             case e.Submit(n, without):
-                dealt = sorted(self.up - set(without))
-                assert dealt, "submitted to nobody"
-                assert set(dealt) <= self.serving & self.awake, "submitted to an engine that serves nothing"
+                assigned = sorted(self.up - set(without))
+                assert assigned, "submitted to no engine"
+                assert set(assigned) <= self.serving & self.awake, "submitted to an engine that serves nothing"
                 assert not self.paused, "submitted to a paused engine"
                 for i in range(n):
                     key = f"g{len(self.version_of)}"
-                    self.version_of[key], self.running[key] = self.version, dealt[i % len(dealt)]
+                    self.version_of[key], self.running[key] = self.version, assigned[i % len(assigned)]
             case e.Train(step, keys):
                 self.train(step, keys)
             case e.Pause(mode):
@@ -98,7 +96,7 @@ class World:
             case e.Publish(version):
                 assert self.paused, "weights changed under a running engine"
                 assert self.awake == self.up, "published into an engine that sleeps"
-                assert c.overlap or not self.loaded, "trainer and engine on the device at once"
+                assert c.overlaps or not self.loaded, "trainer and engine on the device at the same time"
                 assert version not in self.step_of_version, "a version was reused"
                 assert version > self.version, "versions only grow"
                 self.step_of_version[version] = self.state.step
@@ -114,14 +112,14 @@ class World:
                 self.awake, self.serving = set(), set()
                 if "weights" in tags:
                     self.weights = {}
-                self.answer(e.Slept())
+                self.answer(e.EngineSlept())
             case e.Wake(tags):
-                assert c.overlap or not self.loaded, "trainer and engine on the device at once"
+                assert c.overlaps or not self.loaded, "trainer and engine on the device at the same time"
                 if "weights" in tags:
                     self.awake = set(self.up)
-                    self.answer(e.Awake())
+                    self.answer(e.EngineWoke())
             case e.LoadTrainer():
-                assert c.overlap or not self.awake, "trainer and engine on the device at once"
+                assert c.overlaps or not self.awake, "trainer and engine on the device at the same time"
                 self.loaded = True
             case e.OffloadTrainer():
                 self.loaded = False
@@ -136,7 +134,7 @@ class World:
                 self.pending.append(e.CheckpointDone(step))
             case e.Evaluate(step):
                 assert self.serving, "evaluated an engine that serves nothing"
-                assert not self.running, "evaluated beside generation"
+                assert not self.running, "evaluated next to generation"
                 self.answer(e.EvaluationDone(step))
             case e.Exit(code):
                 self.code = code
@@ -148,11 +146,11 @@ class World:
     def train(self, step, keys):
         c = self.state.settings
         assert self.loaded, "trained without the trainer's state"
-        assert c.overlap or not self.awake, "trainer and engine on the device at once"
+        assert c.overlaps or not self.awake, "trainer and engine on the device at the same time"
         assert step == self.state.step + 1
         for key in keys:
             self.uses[key] = self.uses.get(key, 0) + 1
-            assert self.uses[key] <= c.max_uses, "a rollout was used beyond its max_uses"
+            assert self.uses[key] <= c.max_uses, "a rollout was used beyond max_uses"
             lag = step - 1 - self.step_of_version.get(self.version_of.get(key), 0)
             assert lag < c.lag * c.window, "lag beyond its bound"
             if self.uses[key] == 1:
@@ -160,7 +158,7 @@ class World:
         self.pending.append(e.StepDone(step))
 
     def lose_engine(self, i):
-        """It is reported, and its groups later; what it was asked is interrupted if nobody else answers."""
+        """It is reported, and its groups later; what it was asked is interrupted if no other engine answers."""
         self.up.discard(i)
         self.awake.discard(i)
         self.serving.discard(i)
@@ -182,11 +180,29 @@ def names(log):
     return [type(x).__name__ for x in log]
 
 
-def break_core(monkeypatch, right, wrong):
-    """Run on a core in whose source `wrong` stands for `right`."""
-    source = Path(core.__file__).read_text()
-    assert right in source, "the mutant no longer fits the core"
-    mutant = types.ModuleType("oapl_engine.scheduler.mutant")
-    monkeypatch.setitem(sys.modules, mutant.__name__, mutant)
-    exec(source.replace(right, wrong), mutant.__dict__)
-    monkeypatch.setattr(core, "step", mutant.step)
+def make_settings(mode="phased", **fields):
+    """Settings of a small run in a mode; fields override."""
+    traits = MODES[mode]
+    small = {"steps": 8, "groups_per_step": 2, "lag": 4, "window": 1, "max_groups_ahead": 8}
+    return Settings(generates=traits.generates, overlaps=traits.overlaps, **(small | fields))
+
+
+def break_rule(monkeypatch, rule, wrong):
+    """Run on a core in which `wrong` stands for `rule`, one of its functions."""
+    assert getattr(core, rule.__name__) is rule, f"{rule.__name__} is not a function of core"
+    monkeypatch.setattr(core, rule.__name__, wrong)
+
+
+def check_run(machine):
+    """A complete run under the machine's eyes, what it left, and the same events once more."""
+    first = machine.state
+    code = machine.run()
+    steps = [c.step for c in machine.log if isinstance(c, e.Train)]
+    assert steps == list(range(1, len(steps) + 1)), "a step was left out, or done twice"
+    assert code in (0, 130)
+    assert machine.state.checkpointed == len(steps), "ended without a checkpoint"
+    assert code == 130 or len(steps) == first.settings.steps
+    waiting = {group.key for group in machine.state.buffer} - set(machine.uses)
+    assert machine.unended() == waiting | set(machine.running), "a group is in no column of the ledger"
+    commands = [x for x in machine.log if isinstance(x, e.Command)]
+    assert driver.replay(first, machine.log) == commands, "it does not replay"

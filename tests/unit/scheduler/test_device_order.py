@@ -14,9 +14,10 @@ from oapl_engine import config
 from oapl_engine.inference.engine_process import EngineServer
 from oapl_engine.scheduler import core, driver
 from oapl_engine.scheduler import events as e
+from oapl_engine.scheduler.state import State
 from oapl_engine.trainer.offload import move_trainer
 from oapl_engine.trainer.optimizer import make_optimizer
-from tests.support.fake_machine import break_core
+from tests.support.fake_machine import break_rule, make_settings
 
 GPU = torch.device("cuda", 0)
 WEIGHTS, CACHE = 40_000, 60_000
@@ -96,18 +97,21 @@ class Phased:
 
     def handlers(self):
         server = self.server
-        return {
+        handlers = {
             e.Submit: self.submit,
             e.Pause: lambda c: asyncio.run(server.pause(c.mode)),
             e.Resume: lambda c: asyncio.run(server.resume()),
-            e.Sleep: lambda c: asyncio.run(server.sleep(list(c.tags))) or e.Slept(),
-            e.Wake: lambda c: asyncio.run(server.wake(list(c.tags))) or (e.Awake() if "weights" in c.tags else None),
+            e.Sleep: lambda c: asyncio.run(server.sleep(list(c.tags))) or e.EngineSlept(),
+            e.Wake: lambda c: (
+                asyncio.run(server.wake(list(c.tags))) or (e.EngineWoke() if "weights" in c.tags else None)
+            ),
             e.LoadTrainer: lambda c: self.move(GPU),
             e.OffloadTrainer: lambda c: self.move(torch.device("cpu")),
             e.Publish: lambda c: asyncio.run(self.publish(c.version)),
             e.Train: self.train,
             e.Checkpoint: lambda c: e.CheckpointDone(c.step),
         }
+        return {command: [handler] for command, handler in handlers.items()}
 
     def submit(self, command):
         for _ in range(command.n):
@@ -161,13 +165,13 @@ def phased(monkeypatch):
     return Phased(policy, capacity=WEIGHTS + CACHE + 1000)
 
 
-SETTINGS = core.Settings("phased", steps=6, groups_per_step=2, lag=2, window=1, max_groups_ahead=4, evaluate=False)
+SETTINGS = make_settings(steps=6, lag=2, max_groups_ahead=4, evaluate=False)
 
 
 def test_engine_and_trainer_take_turns_on_one_device(phased):
     start = phased.policy.model[0].weight.clone()
     phased.inbox.put(e.EngineReady(0))
-    _, code = driver.drive(core.State(SETTINGS), phased.inbox, phased.handlers())
+    _, code = driver.drive(State(SETTINGS), phased.inbox, phased.handlers())
     assert code == 0
     assert phased.device.peak == WEIGHTS + CACHE
     model = phased.policy.model
@@ -177,18 +181,18 @@ def test_engine_and_trainer_take_turns_on_one_device(phased):
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong", "says"),
+    ("rule", "message"),
     [
-        ("if s.awake and not c.overlap:", "if False:", "out of memory"),
-        ("if s.loaded and not c.overlap:", "if False:", "out of memory"),
-        ("if s.engines - s.awake:", "if False:", "memory was given back"),
+        (core._must_sleep, "out of memory"),
+        (core._must_offload, "out of memory"),
+        (core._must_wake, "memory was given back"),
     ],
 )
-def test_a_wrong_order_is_refused(phased, right, wrong, says, monkeypatch):
-    break_core(monkeypatch, right, wrong)
+def test_a_wrong_order_is_refused(phased, rule, message, monkeypatch):
+    break_rule(monkeypatch, rule, lambda s: False)
     phased.inbox.put(e.EngineReady(0))
-    with pytest.raises(AssertionError, match=says), contextlib.suppress(queue.Empty):
-        driver.drive(core.State(SETTINGS), phased.inbox, phased.handlers())
+    with pytest.raises(AssertionError, match=message), contextlib.suppress(queue.Empty):
+        driver.drive(State(SETTINGS), phased.inbox, phased.handlers())
 
 
 def test_weights_do_not_arrive_in_memory_that_was_given_back(phased):

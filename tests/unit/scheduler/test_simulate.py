@@ -6,30 +6,33 @@ from pathlib import Path
 
 import pytest
 
-from oapl_engine.config import load_recipe
-from oapl_engine.scheduler import core, driver, lockstep, simulate
+from oapl_engine.config import MODES, load_recipe
+from oapl_engine.scheduler import driver, lockstep, simulate
 from oapl_engine.scheduler import events as e
+from oapl_engine.scheduler.state import Settings, State
+from tests.support.fake_machine import make_settings
 
 COSTS = {"Train": 3.0, "Publish": 1.0, "Sleep": 0.5, "Wake": 0.25, "LoadTrainer": 2.0, "OffloadTrainer": 4.0}
 SMALL = simulate.Machine(engines=1, slots=16, token_seconds=0.1, costs=COSTS, tokens_mean=10.0)
-PHASED = core.Settings("phased", steps=4, groups_per_step=2, lag=2, window=1, max_groups_ahead=4, evaluate=False)
+PHASED = make_settings(steps=4, lag=2, max_groups_ahead=4, evaluate=False)
 RECORDED = Path(__file__).parent / "recorded"
 
 
 def fleet(devices, failure_seconds=float("inf")):
-    """70 % of the devices generate, as fast as the others train; 16 samples a prompt, a tail of 4 times the mean."""
+    """70 % of the devices generate, as fast as the others train; 16 samples per prompt, a tail of 4 times the mean."""
     engines = round(0.7 * devices)
     return simulate.Machine(
         engines=engines, slots=32, token_seconds=0.025, group_size=16, tokens_mean=1000, tokens_sigma=0.8,
         tokens_most=4096, verify_seconds=2.0, costs={"Publish": 2.0, "Checkpoint": 2.0},
         train_token_seconds=1.01 * 0.025 / 32 / engines, failure_seconds=failure_seconds, restart_seconds=60.0,
-    ), core.Settings(
-        "async", 120, devices, 30, 2, 30 * devices, on_publish="keep", evaluate=False, engines=engines
+    ), make_settings(
+        "async", steps=120, groups_per_step=devices, lag=30, window=2, max_groups_ahead=30 * devices,
+        on_publish="keep", evaluate=False, engines=engines,
     )  # fmt: skip
 
 
 def test_a_phased_run_takes_what_one_adds_up_by_hand():
-    """32 sequences of a second in 16 slots: 2 s a phase; then sleep, load, two steps; offload and two wakes between."""
+    """32 sequences of a second in 16 slots: 2 s per phase; then sleep, load, two steps; offload and two wakes between."""
     outcome = simulate.simulate(SMALL, PHASED)
     phase = 2.0 + 0.5 + 2.0 + 2 * 3.0
     publish = 1.0 + 0.25
@@ -41,11 +44,11 @@ def test_a_phased_run_takes_what_one_adds_up_by_hand():
 def test_overlap_hides_the_shorter_of_two():
     """Async on two devices of the same speed: no longer than training alone, and one window at its start."""
     machine = replace(SMALL, slots=64, costs={"Train": 1.0})
-    settings = core.Settings("async", 40, 2, 4, 2, 8, on_publish="keep", evaluate=False)
+    settings = make_settings("async", steps=40, window=2, on_publish="keep", evaluate=False)
     outcome = simulate.simulate(machine, settings)
     assert 40 <= outcome.seconds < 42
     assert max(outcome.lags) < 8
-    assert simulate.simulate(machine, replace(settings, mode="phased", window=1)).seconds == pytest.approx(50)
+    assert simulate.simulate(machine, replace(settings, overlaps=False, window=1)).seconds == pytest.approx(50)
 
 
 def test_a_fleet_with_a_long_tail_idles_little():
@@ -69,15 +72,12 @@ def test_engines_die_and_the_run_goes_on():
 def test_a_recorded_run_replays_to_the_same_commands(name):
     """events.jsonl of a real run, as it was written then: the core still says what it said."""
     recipe = load_recipe(RECORDED / f"{name}.toml")
-    messages = driver.read_record(RECORDED / f"{name}.jsonl")
+    messages = [message for _, message in driver.read_record(RECORDED / f"{name}.jsonl")]
     commands = [m for m in messages if isinstance(m, e.Command)]
     assert len(commands) > 30
-    assert driver.replay(core.State(core.settings_of(recipe, engines=2)), messages) == commands
-    other = core.settings_of(replace(recipe, schedule=replace(recipe.schedule, lag=5)), engines=2)
-    assert driver.replay(core.State(other), messages) != commands
-
-
-MODES = {"sync", "phased", "async", "offline"}
+    assert driver.replay(State(Settings.from_recipe(recipe, engines=2)), messages) == commands
+    other = Settings.from_recipe(replace(recipe, schedule=replace(recipe.schedule, lag=5)), engines=2)
+    assert driver.replay(State(other), messages) != commands
 
 
 def modes_in(source):
@@ -85,7 +85,13 @@ def modes_in(source):
     found = []
     for node in ast.walk(ast.parse(source)):
         named = isinstance(node, ast.Constant) and node.value in MODES
-        asked = isinstance(node, ast.Attribute) and node.attr in ("overlap", "drain", "spare", "engine")
+        asked = isinstance(node, ast.Attribute) and node.attr in (
+            "overlaps",
+            "generates",
+            "drain",
+            "oversampling",
+            "traits",
+        )
         of_settings = isinstance(node, ast.Attribute) and node.attr == "mode" and "command" not in ast.unparse(node)
         found += [ast.unparse(node)] if named or asked or of_settings else []
     return found
@@ -95,5 +101,5 @@ def modes_in(source):
 def test_what_drives_knows_no_mode(module):
     source = Path(module.__file__).read_text()
     assert modes_in(source) == []
-    for planted in ("if state.settings.mode == 'x': pass", "if state.settings.overlap: pass", "x = 'async'"):
+    for planted in ("if state.settings.mode == 'x': pass", "if state.settings.overlaps: pass", "x = 'async'"):
         assert modes_in(f"{source}\n{planted}\n")

@@ -1,0 +1,186 @@
+"""Run: what all parts of a training run share. One process at a time per run directory, one recipe for its life."""
+
+import dataclasses
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from oapl_engine.config import ModelConfig, Recipe, load_recipe
+from oapl_engine.config_file import to_toml
+from oapl_engine.data import check_source
+from oapl_engine.data.model_folder import resolve_model
+from oapl_engine.distributed import Ranks
+from oapl_engine.errors import ConfigError
+from oapl_engine.report.display import Display
+from oapl_engine.report.stopwatch import Stopwatch
+from oapl_engine.rewards.verdict import check_verifier
+from oapl_engine.rollout.session import EngineSession
+from oapl_engine.rollout_log.journal import Journal
+from oapl_engine.rollout_log.log import RolloutLog
+from oapl_engine.samples import Group
+from oapl_engine.scheduler import events as e
+from oapl_engine.scheduler.driver import Handler
+from oapl_engine.trainer.objective import make_objective
+from oapl_engine.weights.transports import check_transport
+
+# Fields that may change when a run resumes.
+MAY_CHANGE_ON_RESUME = (("run", "dir"), ("run", "threads"), ("report", "tensorboard"), ("report", "wandb"))
+
+
+@dataclasses.dataclass
+class Run:
+    """The state that the handlers of commands share. A handler knows the run, never another handler.
+
+    recipe:           as given
+    model:            the recipe's, with the path resolved to a folder
+    directory:        the run directory
+    ranks:            the processes of this run
+    log:              rollouts of this rank
+    journal:          what was consumed and published; rank 0's is the only truth
+    display:          progress for people
+    stopwatch:        seconds by activity since the last step
+    step:             optimizer steps done; set by Learner
+    position:         in the order of prompts, from which a resumed run must look; set by Learner and Generator
+    version:          newest published policy version, 0 before the first; set by WeightSync
+    publish_metrics:  metrics of the last publish; set by WeightSync
+    """
+
+    recipe: Recipe
+    model: ModelConfig
+    directory: Path
+    ranks: Ranks
+    log: RolloutLog
+    journal: Journal
+    display: Display
+    stopwatch: Stopwatch
+    step: int = 0
+    position: int = 0
+    version: int = 0
+    publish_metrics: dict[str, float | None] = dataclasses.field(default_factory=dict)
+
+    def handlers(self) -> dict[type, Handler]:
+        return {
+            e.Clear: lambda command: self.record_disposition(command.keys, "cleared"),
+            e.Resample: lambda command: self.record_disposition(command.keys, "dropped:resampled"),
+        }
+
+    def record_disposition(self, keys: Sequence[str], column: str) -> None:
+        """Groups that will not be trained: their scored rollouts end in this column of the ledger."""
+        scored = (rollout.key for group in self.local_groups(keys) for rollout in group.scored())
+        self.journal.dispose(dict.fromkeys(scored, column))
+
+    def local_groups(self, keys: Sequence[str]) -> list[Group]:
+        """Of these groups the ones in this rank's log. A rank that is alone must have all: KeyError."""
+        if self.ranks.world > 1:
+            stored = set(self.log.group_keys())
+            keys = [key for key in keys if key in stored]
+        return self.log.groups(keys)
+
+    def count_engine_tokens(self, session: EngineSession) -> None:
+        """Keep what the engine has generated so far; after its death it cannot be asked."""
+        counters = session.counters()
+        self.journal.count_tokens(counters["incarnation"], "engine", counters["tokens_generated"])
+
+    def count_evaluation_tokens(self, session: EngineSession) -> None:
+        """Tokens that were generated for no group: they go to the ledger's column "evaluation"."""
+        self.journal.count_tokens(session.incarnation, "evaluation", session.take_ungrouped_tokens())
+
+
+@contextmanager
+def open_run(recipe: Recipe, ranks: Ranks) -> Iterator[Run]:
+    """The run of a recipe, its directory locked while it lives. Raises ConfigError, also where another recipe ran."""
+    check_names(recipe)
+    directory, first = Path(recipe.run.dir), ranks.rank == 0
+    with ExitStack() as stack:
+        if first:
+            stack.enter_context(_locked(directory, recipe))
+        path = ranks.broadcast(resolve_model(recipe.model.path) if first else None)  # converted once, used by all
+        display = Display(recipe.schedule.steps, recipe.schedule.lag, silent=not first)
+        stack.callback(display.close)
+        journal = Journal(directory / f"journal{ranks.suffix}.sqlite")
+        stack.callback(journal.close)
+        log = RolloutLog(directory / "rollouts" / f"rank{ranks.rank}.sqlite")
+        stack.callback(log.close)
+        yield Run(
+            recipe=recipe,
+            model=dataclasses.replace(recipe.model, path=path),
+            directory=directory,
+            ranks=ranks,
+            log=log,
+            journal=journal,
+            display=display,
+            stopwatch=Stopwatch(),
+            version=max((version for version, _ in journal.versions()), default=0),
+        )
+
+
+def check_names(recipe: Recipe) -> None:
+    """Raises ConfigError for a source, verifier, objective or transport that is not there, before anything is loaded."""
+    generates = recipe.schedule.traits.generates
+    check_source(recipe.data, generates)
+    make_objective(recipe.objective, recipe.objective.beta2)
+    if generates:
+        check_transport(recipe.weights.transport)
+        if recipe.reward.name:
+            check_verifier(recipe.reward.name, recipe.reward.options)
+
+
+def save_recipe(run: Run) -> None:
+    """Bind the directory to its recipe. Called when all input has proved good: a typo binds nothing."""
+    temporary = run.directory / "config.tmp"
+    temporary.write_text(tomli_w.dumps(to_toml(run.recipe)))
+    os.replace(temporary, run.directory / "config.toml")
+
+
+@contextmanager
+def _locked(path: Path, recipe: Recipe) -> Iterator[None]:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / "lock", "a")  # noqa: SIM115 (held until the process ends)
+    except OSError as error:
+        raise ConfigError(f"run.dir = {path}: {error.strerror}; name a directory you may write to") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(f"run.dir = {path}: another process runs there now; wait for it, or name another") from error
+    with lock:
+        stored = path / "config.toml"
+        if stored.exists():
+            _check_same(_load_stored(stored), recipe, path)
+        yield
+
+
+def _load_stored(path: Path) -> Recipe:
+    try:
+        return load_recipe(path)
+    except ConfigError as error:
+        raise ConfigError(
+            f"run.dir = {path.parent} was written by another version of oapl-engine, which this one does not resume: "
+            f"{error}; start in a new --run.dir (its checkpoints load as model.path)"
+        ) from error
+
+
+def _check_same(stored: Recipe, given: Recipe, path: Path) -> None:
+    for section in dataclasses.fields(Recipe):
+        old, new = getattr(stored, section.name), getattr(given, section.name)
+        for field in dataclasses.fields(old):
+            before, now = getattr(old, field.name), getattr(new, field.name)
+            if before != now and (section.name, field.name) not in MAY_CHANGE_ON_RESUME:
+                raise ConfigError(
+                    f"run.dir = {path} belongs to another recipe: {section.name}.{field.name} was {before!r}, now "
+                    f"{now!r}; name a new --run.dir, or repeat the old value to resume"
+                )
+
+
+def combine_handlers(*parts: dict[type, Handler]) -> dict[type, list[Handler]]:
+    """Handlers by command. Where several parts handle one command, they do so in the order given."""
+    combined: dict[type, list[Any]] = {}
+    for part in parts:
+        for command, handler in part.items():
+            combined.setdefault(command, []).append(handler)
+    return combined
