@@ -32,8 +32,9 @@ from oapl_engine.samples import Batch, Rollout
 from oapl_engine.trainer import attention
 from oapl_engine.trainer.head import policy_loss
 from oapl_engine.trainer.optimizer import make_optimizer
-from oapl_engine.trainer.packing import Item, pack
-from oapl_engine.trainer.policy import DTYPES, Policy, choose_packing_mode
+from oapl_engine.trainer.packing import TrainGroup, pack
+from oapl_engine.trainer.loading import DTYPES, choose_packing_mode
+from oapl_engine.trainer.policy import Policy
 from oapl_engine.trainer.step import accumulate_gradients
 
 PROMPT, GROUP, SHORTEST, LONGEST = 128, 8, 32, 128
@@ -79,13 +80,13 @@ def smollm2(precision: str) -> Policy:
     return policy
 
 
-def group() -> Item:
+def group() -> TrainGroup:
     """One prompt, eight responses, random tokens and advantages."""
     draw = np.random.default_rng(0)
     prompt = draw.integers(5, 49152, PROMPT)
     lengths = draw.integers(SHORTEST, LONGEST + 1, GROUP)
     rollouts = [_rollout(i, prompt, draw.integers(5, 49152, n), draw) for i, n in enumerate(lengths)]
-    return Item(tuple(rollouts), draw.normal(size=GROUP).astype(np.float32))
+    return TrainGroup(tuple(rollouts), draw.normal(size=GROUP).astype(np.float32))
 
 
 def _rollout(i: int, prompt: np.ndarray, response: np.ndarray, draw: np.random.Generator) -> Rollout:
@@ -95,7 +96,7 @@ def _rollout(i: int, prompt: np.ndarray, response: np.ndarray, draw: np.random.G
     return Rollout(f"0.p.0.{i}", "p", "0.p.0", i, "", tokens, PROMPT, mask, behavior, (), "stop", "scored", 0.0)
 
 
-def gradient_of(kind: str, policy: Policy, item: Item) -> tuple[Callable[[], None], int]:
+def gradient_of(kind: str, policy: Policy, item: TrainGroup) -> tuple[Callable[[], None], int]:
     """A function that adds the group's gradient to .grad, and how many tokens it computes."""
     if kind in ("packed", "shared"):
         batches = pack([item], 1 << 20, kind == "shared")
@@ -111,7 +112,7 @@ def _packed(policy: Policy, batches: list[Batch]) -> None:
     accumulate_gradients(policy, batches, oapl(beta2=BETA2), normalizer=GROUP)
 
 
-def _pad(item: Item) -> tuple[Tensor, Tensor]:
+def _pad(item: TrainGroup) -> tuple[Tensor, Tensor]:
     width = max(len(r.token_ids) for r in item.rollouts)
     ids, mask = torch.zeros(2, GROUP, width, dtype=torch.long)
     for i, r in enumerate(item.rollouts):
@@ -120,7 +121,7 @@ def _pad(item: Item) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _all_logits(policy: Policy, item: Item, batch: Batch, ids: Tensor, mask: Tensor) -> None:
+def _all_logits(policy: Policy, item: TrainGroup, batch: Batch, ids: Tensor, mask: Tensor) -> None:
     policy.model.set_attn_implementation("sdpa")
     with policy.precision():
         logits = policy.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -133,7 +134,7 @@ def _all_logits(policy: Policy, item: Item, batch: Batch, ids: Tensor, mask: Ten
     loss.backward()
 
 
-def _our_head(policy: Policy, item: Item, batch: Batch, ids: Tensor, mask: Tensor) -> None:
+def _our_head(policy: Policy, item: TrainGroup, batch: Batch, ids: Tensor, mask: Tensor) -> None:
     policy.model.set_attn_implementation("sdpa")
     with policy.precision():
         hidden = policy.model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state

@@ -1,6 +1,6 @@
 """The evaluation sets of the field by name, from the hub or a local file: their licences do not let us ship them.
 
-A local file (`data.path`) is JSONL with the columns of COLUMNS, one problem a line.
+A local file (`data.path`) is JSONL with the columns of COLUMNS, one problem per line.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from oapl_engine.config import DataConfig
 from oapl_engine.data.hub import hub_source
 from oapl_engine.data.jsonl import finite_source, parsed_lines, problems_of_rows
 from oapl_engine.data.problem import Problem, Source
@@ -19,7 +20,7 @@ COLUMNS = "problem (text; question is taken too) and answer (text or number)"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a set lies on the hub, and its columns."""
+    """Where a set is located on the hub, and its columns."""
 
     hub: str
     split: str
@@ -37,10 +38,11 @@ BENCHMARKS = {
 }
 
 
-def benchmark_source(task: str, path: str, options: dict[str, Any]) -> Source:
-    """Source of the benchmark `task`, scored by math-verify. Raises ConfigError that names file and columns."""
+def benchmark_source(data: DataConfig) -> Source:
+    """Source of benchmark data.task, scored by math-verify. Raises ConfigError that names file and columns."""
+    task, path, options = data.task, data.path, data.options
     if task not in BENCHMARKS:
-        raise ConfigError(f'data.task = "{task}" is no benchmark; {nearest(task, BENCHMARKS)}')
+        raise ConfigError(f'data.task = "{task}" is not a benchmark; {nearest(task, BENCHMARKS)}')
     if path:
         if options:
             raise ConfigError(f"data.options = {options}: a local benchmark file has none; remove them")
@@ -49,7 +51,7 @@ def benchmark_source(task: str, path: str, options: dict[str, Any]) -> Source:
         b = BENCHMARKS[task]
         columns = {"config": b.config, "split": b.split, "question": b.problem}
         try:
-            source = hub_source(b.hub, columns | options)
+            source = hub_source(dataclasses.replace(data, task=b.hub, options=columns | options))
         except ConfigError as error:
             raise ConfigError(f"{error}. Or name a local file: --data.path FILE.jsonl, columns {COLUMNS}") from error
     return dataclasses.replace(source, name=task, problem=lambda i: _final_answer(source.problem(i)), verifier="math")

@@ -1,7 +1,6 @@
 """Problems from a data set of the Hugging Face hub (package `datasets`, optional), with the fields of JSONL."""
 
-from typing import Any
-
+from oapl_engine.config import DataConfig
 from oapl_engine.data.jsonl import finite_source, problems_of_rows
 from oapl_engine.data.problem import Source
 from oapl_engine.errors import ConfigError, nearest
@@ -9,11 +8,12 @@ from oapl_engine.errors import ConfigError, nearest
 OPTIONS = {"config": None, "split": "train", "revision": None, "question": "question", "answer": "answer"}
 
 
-def hub_source(task: str, options: dict[str, Any]) -> Source:
-    """Source of hub data set `task`. Options: config, split, revision, and the columns that hold question and answer.
+def hub_source(data: DataConfig) -> Source:
+    """Source of hub data set data.task. Options: config, split, revision, and the columns of question and answer.
 
     Raises ConfigError where `datasets` is not installed, the hub cannot be reached, or a column is missing.
     """
+    task, options = data.task, data.options
     for name in options:
         if name not in OPTIONS:
             raise ConfigError(f'data.options.{name}: unknown for source = "hf"; {nearest(name, OPTIONS)}')

@@ -1,4 +1,4 @@
-"""Problems from a JSONL file: one object a line.
+"""Problems from a JSONL file: one object per line.
 
 Fields: `question` or `prompt` (text, one of them); `answer` (text or number) or `tests` (see contracts: code); `id`
 (text or number, optional; else the line number). Everything else is kept in the record for the verifier.
@@ -10,15 +10,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from oapl_engine.config import DataConfig
 from oapl_engine.data.problem import Problem, Source
 from oapl_engine.errors import ConfigError, nearest
 
 
-def jsonl_source(path: str, options: dict[str, Any]) -> Source:
-    """Source of a JSONL file; the whole file is read and checked. Raises ConfigError with file and line number."""
-    file = Path(path)
-    if options:
-        raise ConfigError(f'data.options = {options}: source = "jsonl" has none; remove them')
+def jsonl_source(data: DataConfig) -> Source:
+    """Source of the JSONL file data.path; read and checked completely. Raises ConfigError with file and line."""
+    file = Path(data.path)
+    if data.options:
+        raise ConfigError(f'data.options = {data.options}: source = "jsonl" has none; remove them')
     return finite_source(file.stem, problems_of_rows(parsed_lines(file), file.stem))
 
 
@@ -32,7 +33,7 @@ def parsed_lines(file: Path) -> list[tuple[str, int, dict[str, Any]]]:
     places = [(f"{file}, line {n}", n, line) for n, line in enumerate(lines, 1) if line.strip()]
     rows = [(place, n, _parse(line, place)) for place, n, line in places]
     if not rows:
-        raise ConfigError(f"data file {file} is empty: one JSON object a line with question and answer")
+        raise ConfigError(f"data file {file} is empty: one JSON object per line with question and answer")
     return rows
 
 
@@ -100,4 +101,4 @@ def _parse(line: bytes, place: str) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
+    raise ValueError(f"{name} is not a JSON value")

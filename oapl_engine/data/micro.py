@@ -7,6 +7,7 @@ then ">" and the sum: "12,15,08>852"; only what follows ">" is scored.
 import random
 from typing import Any
 
+from oapl_engine.config import DataConfig
 from oapl_engine.data.problem import Problem, Source
 from oapl_engine.errors import ConfigError, nearest
 
@@ -15,10 +16,11 @@ VOCABULARY = [PAD, BOS, EOS, UNKNOWN, *"0123456789+-*/=<>:;,.()| \n?#"]
 DEFAULTS = {"sort": {"digits": 6, "size": 2**16}, "addition": {"digits": 3, "size": 2**16}}
 
 
-def micro_source(task: str, options: dict[str, Any]) -> Source:
-    """Source of a micro task. Options: digits (1 to 32), size (problems an epoch). Raises ConfigError."""
+def micro_source(data: DataConfig) -> Source:
+    """Source of micro task data.task. Options: digits (1 to 32), size (problems per epoch). Raises ConfigError."""
+    task, options = data.task, data.options
     if task not in DEFAULTS:
-        raise ConfigError(f'data.task = "{task}" is no micro task; {nearest(task, DEFAULTS)}')
+        raise ConfigError(f'data.task = "{task}" is not a micro task; {nearest(task, DEFAULTS)}')
     settings = DEFAULTS[task] | options
     for name in options:
         if name not in DEFAULTS[task]:
@@ -55,7 +57,7 @@ def _addition(rng: random.Random, digits: int) -> tuple[str, dict[str, Any]]:
 
 
 def micro_tokenizer() -> Any:
-    """A fast tokenizer of transformers: one token a character of VOCABULARY; decode(encode(text)) == text.
+    """A fast tokenizer of transformers: one token per character of VOCABULARY; decode(encode(text)) == text.
 
     The chat template is the bare content.
     """

@@ -2,24 +2,25 @@
 
 import dataclasses
 import json
-import sys
-import types
 from typing import Any
 
+from oapl_engine.config import DataConfig
 from oapl_engine.data.problem import Problem, Source
 from oapl_engine.errors import ConfigError, nearest
+from oapl_engine.reasoning_gym_import import provide_pycosat
 
-SIZE = 2**16  # problems an epoch, unless data.options.size says otherwise
+SIZE = 2**16  # problems per epoch, unless data.options.size says otherwise
 
 
-def reasoning_source(task: str, options: dict[str, Any]) -> Source:
-    """Source of reasoning-gym data set `task`; options go to the data set's own config. Raises ConfigError.
+def reasoning_source(data: DataConfig) -> Source:
+    """Source of reasoning-gym data set data.task; data.options go to the data set's own config. Raises ConfigError.
 
-    Two options are read here: `size`, problems an epoch, and `question`, the metadata field that stands for the
+    Two options are read here: `size`, problems per epoch, and `question`, the metadata field that stands for the
     question (chain_sum's "expression", say, for few-shot prompts; lists are joined by commas), default the question as
     worded by the data set.
     """
-    settings = {"seed": 0, "size": SIZE} | options
+    task = data.task
+    settings = {"seed": 0, "size": SIZE} | data.options
     field = settings.pop("question", "question")
     dataset = _create(task, settings)
 
@@ -46,9 +47,9 @@ def _question(task: str, field: str, entry: dict[str, Any]) -> str:
 def _create(task: str, settings: dict[str, Any]) -> Any:
     datasets = _registry()
     if task not in datasets:
-        raise ConfigError(f'data.task = "{task}" is no reasoning-gym data set; {nearest(task, datasets)}')
+        raise ConfigError(f'data.task = "{task}" is not a reasoning-gym data set; {nearest(task, datasets)}')
     if type(settings["size"]) is not int or settings["size"] < 1:
-        raise ConfigError(f"data.options.size = {settings['size']!r}: problems an epoch, a whole number from 1")
+        raise ConfigError(f"data.options.size = {settings['size']!r}: problems per epoch, a whole number from 1")
     make, config = datasets[task]
     fields = [f.name for f in dataclasses.fields(config)]
     for name in settings:
@@ -62,20 +63,7 @@ def _create(task: str, settings: dict[str, Any]) -> Any:
 
 
 def _registry() -> dict[str, tuple[Any, Any]]:
-    # pycosat has no wheel and serves zebra puzzles alone, but reasoning_gym imports it at module level
-    try:
-        import pycosat
-    except ImportError:
-        pycosat = sys.modules["pycosat"] = types.ModuleType("pycosat")
-    if not hasattr(pycosat, "itersolve"):
-        pycosat.itersolve = pycosat.solve = _refuse_sat
+    provide_pycosat()
     from reasoning_gym.factory import DATASETS
 
     return DATASETS
-
-
-def _refuse_sat(*_: Any, **__: Any) -> None:
-    raise ConfigError(
-        'data.task = "zebra_puzzles" needs the package pycosat, which is not installed: pip install pycosat (needs a C '
-        "compiler), or choose another task"
-    )

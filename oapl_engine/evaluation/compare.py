@@ -14,11 +14,11 @@ from transformers import AutoConfig
 
 from oapl_engine.config import DataConfig, Recipe
 from oapl_engine.config_file import apply_overrides, build, read_toml
-from oapl_engine.data import source_for_task
 from oapl_engine.data.benchmarks import BENCHMARKS
 from oapl_engine.data.model_folder import resolve_model
 from oapl_engine.data.render import renderer
-from oapl_engine.data.task import load_task, open_source
+from oapl_engine.data.sources import open_source, parse_source_task
+from oapl_engine.data.task import load_task
 from oapl_engine.errors import ConfigError
 from oapl_engine.evaluation.evaluate import EvaluationResult, append_problems, evaluate, read_problems
 from oapl_engine.inference.protocol import Sampling
@@ -86,7 +86,7 @@ def parse_task(task: str, data: DataConfig) -> DataConfig:
     """[data] for `--task`: a benchmark's name, or SOURCE:NAME (for a source that reads a file, SOURCE:FILE)."""
     if task in BENCHMARKS:
         return dataclasses.replace(data, source="benchmark", task=task)
-    fields = source_for_task(task)
+    fields = parse_source_task(task)
     if fields is None:
         raise ConfigError(
             f"--task {task}: one of {', '.join(BENCHMARKS)}, or SOURCE:NAME such as "

@@ -1,10 +1,10 @@
-"""EngineClient: the engine process as asyncio methods. All calls of one client belong to one event loop."""
+"""EngineClient: the engine process as asyncio methods; BlockingControl: the same for callers without a loop."""
 
 import asyncio
 import itertools
 import socket
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, Literal
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any, Literal, cast
 
 import msgspec
 import numpy as np
@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from oapl_engine.errors import RunError
 from oapl_engine.inference import protocol
 from oapl_engine.inference.protocol import Reply, Request, Sample, Sampling
+from oapl_engine.weights.control import UpdateReply, UpdateRequest
 
 TokenIds = Sequence[int] | NDArray[np.int32]
+PauseMode = Literal["drain", "abort", "keep"]
 
 
-class EngineLost(ConnectionError):
+class EngineLostError(ConnectionError):
     """The engine process is gone; whatever it was computing is lost."""
 
 
@@ -26,38 +28,40 @@ class EngineRefusedError(RunError):
 
 
 class EngineClient:
-    """Calls into one engine process. The socket is opened by the first call, in the loop that makes it.
+    """Calls into one engine process. The socket is opened by the first call; all calls belong to the loop that makes it.
 
-    Every method raises EngineLost when the process is gone and EngineRefusedError when it says no.
+    Every method raises EngineLostError when the process is gone and EngineRefusedError when it refuses.
     """
 
     def __init__(self, connection: socket.socket, incarnation: int = 0) -> None:
         self.incarnation = incarnation
         self._socket = connection
         self._ids = itertools.count(1)
-        self._waiting: dict[int, asyncio.Queue[Reply | EngineLost]] = {}
-        self._writer: asyncio.StreamWriter | None = None
+        self._waiting: dict[int, asyncio.Queue[Reply | EngineLostError]] = {}
+        self._connecting: asyncio.Task[asyncio.StreamWriter] | None = None
         self._reading: asyncio.Task[None] | None = None
-        self._lost: EngineLost | None = None
+        self._lost: EngineLostError | None = None
 
     async def generate(self, token_ids: TokenIds, n: int, sampling: Sampling) -> AsyncIterator[Sample]:
-        """Yields n samples of a prompt, each when it is finished (pause(abort) finishes them early)."""
-        async for reply in self._call(
-            "generate", token_ids=_ints(token_ids), n=n, sampling=msgspec.to_builtins(sampling)
-        ):
+        """Yields n samples of a prompt, each when it is finished (pause("abort") finishes them early)."""
+        arguments = {"token_ids": _ints(token_ids), "n": n, "sampling": msgspec.to_builtins(sampling)}
+        async for reply in self._call("generate", **arguments):
             if reply.kind == "sample":
                 yield msgspec.convert(reply.body, Sample)
 
     async def score(self, token_ids: TokenIds) -> NDArray[np.float32]:
         """Log-probs [len - 1] f32 of token_ids[1:] given the tokens before each, at temperature 1, current weights.
 
-        Works while paused (not in the middle of a weight transfer): golden prompts are scored before a version serves.
+        Works while paused (not in the middle of an update): probe prompts are scored before a version serves.
         """
         return np.frombuffer(await self._result("score", token_ids=_ints(token_ids)), "<f4")
 
-    async def pause(self, mode: Literal["drain", "abort", "keep"]) -> None:
-        """Stop generation and drop all KV. drain: after what runs has finished; abort: running samples end with finish
-        "abort"; keep: they go on after resume, prefix recomputed. Calls to generate wait for resume meanwhile."""
+    async def pause(self, mode: PauseMode) -> None:
+        """Stop generation and drop all KV. Calls to generate wait for resume meanwhile.
+
+        mode: "drain": after what runs has finished; "abort": running samples end with finish "abort"; "keep": they
+        continue after resume, their prefix recomputed
+        """
         await self._result("pause", mode=mode)
 
     async def resume(self) -> None:
@@ -72,70 +76,60 @@ class EngineClient:
         """Take GPU memory again, for these tags (all if empty). Does nothing on CPU."""
         await self._result("wake", tags=list(tags))
 
-    async def transfer(self, phase: str, payload: dict[str, Any]) -> dict[str, Any]:
-        """One phase of a weight update: "init", "start", "bucket", "finish", "attest". See weights.publish."""
-        return await self._result("transfer", phase=phase, payload=payload)
-
-    async def control(self, phase: str, payload: dict[str, Any]) -> Any:
-        """What weights.Publisher asks for: pause {"mode"}, resume, score {"token_ids"}, else a phase of transfer."""
-        if phase == "pause":
-            return await self.pause(payload["mode"])
-        if phase == "resume":
-            return await self.resume()
-        if phase == "score":
-            return await self.score(payload["token_ids"])
-        return await self.transfer(phase, payload)
+    async def update(self, request: UpdateRequest) -> UpdateReply:
+        """One request of a weight update (weights.control)."""
+        return msgspec.convert(await self._result("update", request=msgspec.to_builtins(request)), UpdateReply)
 
     async def counters(self) -> dict[str, Any]:
-        """incarnation, tokens_generated, tokens_scored, samples_finished, samples_running, version, state, pid."""
-        return await self._result("counters")
-
-    async def version(self) -> int:
-        """Policy version of the weights in place."""
-        return int((await self.counters())["version"])
+        """incarnation, tokens_generated, samples_running, version, state, pid."""
+        return cast(dict[str, Any], await self._result("counters"))
 
     async def _result(self, method: str, **arguments: Any) -> Any:
         async for reply in self._call(method, **arguments):
             if reply.kind == "result":
                 return reply.body
-        raise EngineLost(f"{method}: no result")
+        raise EngineLostError(f"{method}: no result")
 
     async def _call(self, method: str, **arguments: Any) -> AsyncIterator[Reply]:
         writer = await self._open()
-        number, replies = next(self._ids), asyncio.Queue[Reply | EngineLost]()
+        number, replies = next(self._ids), asyncio.Queue[Reply | EngineLostError]()
         self._waiting[number] = replies
         try:
             writer.write(protocol.pack(Request(number, method, arguments)))
             await writer.drain()
             while True:
                 reply = await replies.get()
-                if isinstance(reply, EngineLost):
-                    raise EngineLost(f"{method}: {reply}")
+                if isinstance(reply, EngineLostError):
+                    raise EngineLostError(f"{method}: {reply}")
                 if reply.kind == "refused":
                     raise EngineRefusedError(f"{method}: {reply.body}")
                 yield reply
                 if reply.kind == "result":
                     return
         except (BrokenPipeError, ConnectionResetError) as error:
-            raise EngineLost(f"{method}: engine incarnation {self.incarnation} closed its socket") from error
+            raise EngineLostError(f"{method}: engine incarnation {self.incarnation} closed its socket") from error
         finally:
             del self._waiting[number]
 
     async def _open(self) -> asyncio.StreamWriter:
         if self._lost:
             raise self._lost
-        if self._reading is None:
-            self._reading = asyncio.create_task(self._read())
-        while self._writer is None:
-            await asyncio.sleep(0)
-            if self._lost:
-                raise self._lost
-        return self._writer
+        if self._connecting is None:
+            self._connecting = asyncio.create_task(self._connect())
+        return await asyncio.shield(self._connecting)  # a caller that is cancelled leaves the connection to the others
 
-    async def _read(self) -> None:
+    async def _connect(self) -> asyncio.StreamWriter:
+        try:
+            reader, writer = await asyncio.open_connection(sock=self._socket)
+        except OSError as error:
+            self._lose(str(error))
+            raise EngineLostError(f"engine incarnation {self.incarnation} cannot be reached: {error}") from error
+        self._reading = asyncio.create_task(self._read(reader, writer))
+        return writer
+
+    async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         reason = "its socket was closed"
         try:
-            reader, self._writer = await asyncio.open_connection(sock=self._socket)
             while (frame := await protocol.read_frame(reader)) is not None:
                 reply = msgspec.msgpack.decode(frame, type=Reply)
                 if reply.id in self._waiting:
@@ -144,13 +138,36 @@ class EngineClient:
             reason = str(error)
         finally:
             self._lose(reason)
+            writer.close()
 
     def _lose(self, reason: str) -> None:
-        self._lost = EngineLost(f"engine incarnation {self.incarnation} is gone: {reason}")
+        self._lost = EngineLostError(f"engine incarnation {self.incarnation} is gone: {reason}")
         for replies in self._waiting.values():
             replies.put_nowait(self._lost)
-        if self._writer:
-            self._writer.close()
+
+
+class BlockingControl:
+    """weights.control.EngineControl over an EngineClient whose loop runs on another thread.
+
+    call:    runs a coroutine in that loop and returns its result (Collector.call)
+    client:  () -> the present client; another one after a restart
+    """
+
+    def __init__(self, call: Callable[[Coroutine[Any, Any, Any]], Any], client: Callable[[], EngineClient]) -> None:
+        self._call = call
+        self._client = client
+
+    def pause(self, mode: str) -> None:
+        self._call(self._client().pause(cast(PauseMode, mode)))
+
+    def resume(self) -> None:
+        self._call(self._client().resume())
+
+    def score(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        return cast(NDArray[np.float32], self._call(self._client().score(token_ids)))
+
+    def update(self, request: UpdateRequest) -> UpdateReply:
+        return cast(UpdateReply, self._call(self._client().update(request)))
 
 
 def _ints(token_ids: TokenIds) -> list[int]:

@@ -1,41 +1,59 @@
 """What travels between EngineClient and the engine process: length-prefixed msgpack frames over a unix socket."""
 
 import asyncio
+import dataclasses
 import struct
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+
+from oapl_engine.config import SamplingConfig
 
 LENGTH = struct.Struct("<I")
 FRAME_LIMIT = 1 << 30  # bytes; a longer length prefix means that the stream is out of step
 
 
 class Sampling(msgspec.Struct, frozen=True):
-    """How responses are drawn. temperature 0 is greedy; top_p 1 and top_k 0 are off; stop_token_ids empty: the eos of
-    the model; seed: of this request, None draws from the engine's own stream; ignore_stops: run to max_new_tokens."""
+    """How responses are drawn.
+
+    temperature:     0 is greedy
+    top_p, top_k:    1 and 0: off
+    max_new_tokens:  tokens of a response, the stop token included
+    stop_token_ids:  that end a response; empty: the eos of the model
+    ignore_stops:    run to max_new_tokens
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     max_new_tokens: int = 256
     stop_token_ids: tuple[int, ...] = ()
-    seed: int | None = None
     ignore_stops: bool = False
+
+    @classmethod
+    def from_recipe(cls, section: SamplingConfig, temperature: float | None = None) -> Self:
+        """[sampling] of a recipe; temperature: another one, for evaluation."""
+        fields = dataclasses.asdict(section) | {"stop_token_ids": tuple(section.stop_token_ids)}
+        return cls(**fields if temperature is None else fields | {"temperature": temperature})
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """One finished response. token_ids: i32 little-endian, the stop token included; logprobs: f32 little-endian,
-    processed (temperature applied), one a token; spans: (version, start, end) over response tokens;
-    cached_tokens: prompt tokens that were read from the prefix cache."""
+    """One finished response.
+
+    index:      among the n of its prompt
+    token_ids:  i32 little-endian, the stop token included
+    logprobs:   f32 little-endian, processed (temperature applied), one per token
+    finish:     how it ended
+    spans:      (version, start, end) over response tokens
+    """
 
     index: int
     token_ids: bytes
     logprobs: bytes
     finish: Literal["stop", "length", "abort"]
     spans: tuple[tuple[int, int, int], ...]
-    cached_tokens: int = 0
 
     def ids(self) -> NDArray[np.int32]:
         return np.frombuffer(self.token_ids, "<i4")

@@ -152,9 +152,8 @@ class Learner:
         own = share_groups(selection.groups, ranks)
         batches = self.policy.batches(own, r.train.token_budget, r.train.share_prompts)
         for need in objective.needs:
-            batches = fill_logprobs(need, self.policy, batches, r.sampling.temperature)
-        if r.objective.reference_coefficient:
-            batches = fill_logprobs("reference_logprob", self._load_reference(), batches, r.sampling.temperature)
+            policy = self._load_reference() if need == "reference_logprob" else self.policy
+            batches = fill_logprobs(need, policy, batches, r.sampling.temperature)
         return train_step(
             self.policy,
             self.optimizer,

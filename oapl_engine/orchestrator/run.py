@@ -12,8 +12,8 @@ import tomli_w
 
 from oapl_engine.config import ModelConfig, Recipe, load_recipe
 from oapl_engine.config_file import to_toml
-from oapl_engine.data import check_source
 from oapl_engine.data.model_folder import resolve_model
+from oapl_engine.data.sources import check_source
 from oapl_engine.distributed import Ranks
 from oapl_engine.errors import ConfigError
 from oapl_engine.report.display import Display

@@ -18,7 +18,7 @@ def score(response: str, record: dict[str, Any], options: dict[str, Any]) -> tup
     return float(answer == record["answer"].strip()), {"answer": answer}
 
 
-def check_extract(options: dict[str, Any]) -> None:
+def check_options(options: dict[str, Any]) -> None:
     """Raises ConfigError on an unknown option or form, or a marker that is missing or unused."""
     for name in options:
         if name not in ("extract", "marker"):

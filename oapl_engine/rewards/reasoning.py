@@ -1,12 +1,13 @@
 """Reward of reasoning-gym's own scorer for the data set that made the problem, in [0, 1]; partial credit is its own."""
 
 import functools
-import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
-from oapl_engine.rewards.exact import extract_answer
+from oapl_engine.reasoning_gym_import import provide_pycosat
+from oapl_engine.rewards.exact import check_options, extract_answer
+
+__all__ = ["check_options", "score"]
 
 TUPLES = ("arc_agi", "rearc")  # their scorers compare boards as tuples, JSON has lists
 
@@ -20,11 +21,7 @@ def score(response: str, record: dict[str, Any], options: dict[str, Any]) -> tup
 
 @functools.cache
 def _scorer(dataset: str) -> Callable[[str | None, dict[str, Any]], float]:
-    try:
-        import pycosat  # noqa: F401
-    except ImportError:
-        # it has no wheel, and no scorer uses it; reasoning_gym imports it all the same
-        sys.modules["pycosat"] = types.ModuleType("pycosat")
+    provide_pycosat()
     from reasoning_gym import get_score_answer_fn
 
     return get_score_answer_fn(dataset)  # type: ignore[no-any-return]

@@ -1,7 +1,9 @@
-"""How a response is scored: `verify` calls a verifier by name and makes a Verdict of whatever it does.
+"""VERIFIERS by name, and `verify`, which calls one and makes a Verdict of whatever it does.
 
-A verifier is `function(response, record, options)`; it returns a reward, or (reward, detail), and raises where the
-*record* is unusable. A wrong answer is a reward, 0. Besides the names below, "package.module:function" names your own.
+A new verifier is a module and a line in VERIFIERS. The module has `score(response, record, options)`, which returns a
+reward, or (reward, detail), and raises where the *record* is unusable; a wrong answer is a reward, 0. It also has
+`check_options(options)`, which raises ConfigError. A verifier from elsewhere needs no line: reward.name =
+"package.module:function" names its score function, which only verifier processes import. See docs/extending.md.
 """
 
 import functools
@@ -12,24 +14,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from oapl_engine.errors import ConfigError, nearest
-from oapl_engine.rewards.exact import check_extract
+from oapl_engine.errors import ConfigError, load_object, nearest
 
 Verifier = Callable[[str, dict[str, Any], dict[str, Any]], Any]
 
-VERIFIERS = {
-    "exact": "oapl_engine.rewards.exact:score",
-    "math": "oapl_engine.rewards.math_answer:score",
-    "reasoning_gym": "oapl_engine.rewards.reasoning:score",
+VERIFIERS = {  # name to module
+    "exact": "oapl_engine.rewards.exact",
+    "math": "oapl_engine.rewards.math_answer",
+    "reasoning_gym": "oapl_engine.rewards.reasoning",
 }
 REASON_CHARACTERS = 2000
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """scored: reward is a finite number. invalid: it ran out of time or memory, or its reward is no finite number.
+    """What a verifier makes of a response.
 
-    error: the verifier raised or its process died. Without a reward detail["reason"] says why; nothing is trained.
+    status:  scored: reward is a finite number; invalid: it ran out of time or memory, or its reward is not a finite
+             number; error: the verifier raised or its process died
+    reward:  None unless scored; nothing is trained then
+    detail:  what the verifier reports; without a reward detail["reason"] says why
     """
 
     status: Literal["scored", "invalid", "error"]
@@ -55,29 +59,24 @@ def verify(name: str, response: str, record: dict[str, Any], options: dict[str, 
 @functools.cache
 def load_verifier(name: str) -> Verifier:
     """The verifier of that name, imported. Raises ConfigError."""
-    module, _, function = VERIFIERS.get(name, name).partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f'reward.name = "{name}" cannot be loaded: {error}') from error
-    return found  # type: ignore[no-any-return]
+    path = f"{VERIFIERS[name]}:score" if name in VERIFIERS else name
+    verifier: Verifier = load_object(path, "reward.name")
+    return verifier
 
 
 def check_verifier(name: str, options: dict[str, Any]) -> None:
-    """Raises ConfigError for an unknown name, and an unknown or contradictory option of one of our verifiers."""
-    if name not in VERIFIERS and ":" not in name:
+    """Raises ConfigError for an unknown name, and for options that one of VERIFIERS refuses."""
+    if name in VERIFIERS:
+        importlib.import_module(VERIFIERS[name]).check_options(options)
+    elif ":" not in name:
         hint = nearest(name, [*VERIFIERS, "package.module:function"])
-        raise ConfigError(f'reward.name = "{name}" is no verifier; {hint}')
-    if name in ("exact", "reasoning_gym"):
-        check_extract(options)
-    elif name == "math" and options:
-        raise ConfigError(f'reward.options = {options}: the verifier "math" has none; remove them')
+        raise ConfigError(f'reward.name = "{name}" is not a verifier; {hint}')
 
 
 def _checked(result: Any) -> Verdict:
     reward, detail = result if isinstance(result, tuple) else (result, {})
     if not isinstance(reward, numbers.Real):
-        return Verdict("invalid", None, {**detail, "reason": f"reward {reward!r:.100} is no number"})
+        return Verdict("invalid", None, {**detail, "reason": f"reward {reward!r:.100} is not a number"})
     if not math.isfinite(reward):
         return Verdict("invalid", None, {**detail, "reason": f"reward is {float(reward)}, not finite"})
     return Verdict("scored", float(reward), detail)

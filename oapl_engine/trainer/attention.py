@@ -1,6 +1,6 @@
 """Attention over packed rows, registered with transformers as `oapl_packed`.
 
-A plan, made once a batch from its spans, says who reads whom: a prefix reads itself, a response reads its group's
+A plan, made once per batch from its spans, says who reads whom: a prefix reads itself, a response reads its group's
 prefix and itself, all causally. Two forms of the same mathematics: SDPA on pieces (any device and dtype); on CUDA in
 half precision one variable-length flash call, with the prefix's keys and values gathered before each response.
 
@@ -22,12 +22,17 @@ from oapl_engine.errors import ConfigError
 from oapl_engine.samples import PromptSpan
 
 NAME = "oapl_packed"
-# Up to this many rows one masked call a group beats one call a response (measured on CPU: packing.md).
+# Up to this many rows one masked call per group beats one call per response (measured on CPU: packing.md).
 ROWS_IN_ONE_CALL = 256
 
 
-class How(NamedTuple):
-    """How queries meet keys: softcap(scale * q·k) over the last `window` positions. None: 1/√D, all of them, no cap."""
+class AttentionOptions(NamedTuple):
+    """How queries meet keys: softcap(scale * q·k) over the last `window` positions.
+
+    scale:    None: 1/√D
+    window:   positions, the query's own included; None: all of them
+    softcap:  c of c·tanh(x / c); None: no cap
+    """
 
     scale: float | None = None
     window: int | None = None
@@ -35,12 +40,12 @@ class How(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Piece:
+class SdpaCall:
     """Query rows of one SDPA call; `context`: index of the piece with the shared prefix, read before the own rows."""
 
     rows: int
     context: int | None
-    span: PromptSpan | None = None  # a whole small group at once
+    span: PromptSpan | None = None  # a complete small group in one call
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class AttentionPlan:
     gather [K] i64 (None: keys are the rows themselves), cu_query and cu_key [S+1] i32, S segments in order of rows.
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SdpaCall, ...]
     device: torch.device
     kernel: str  # "sdpa" | "flash" | "varlen"
     gather: Tensor | None
@@ -93,17 +98,17 @@ def _gather(segments: Sequence[Segment]) -> Tensor:
     return torch.cat([torch.arange(a, a + n) for a, n in ranges])
 
 
-def _pieces(spans: Sequence[PromptSpan]) -> list[Piece]:
-    pieces: list[Piece] = []
+def _pieces(spans: Sequence[PromptSpan]) -> list[SdpaCall]:
+    pieces: list[SdpaCall] = []
     for span in spans:
         total = span.length + sum(rows for _, rows in span.responses)
         if len(span.responses) > 1 and total <= ROWS_IN_ONE_CALL:
-            pieces.append(Piece(total, None, span))
+            pieces.append(SdpaCall(total, None, span))
             continue
         context = len(pieces) if span.length else None
         if span.length:
-            pieces.append(Piece(span.length, None))
-        pieces.extend(Piece(rows, context) for _, rows in span.responses)
+            pieces.append(SdpaCall(span.length, None))
+        pieces.extend(SdpaCall(rows, context) for _, rows in span.responses)
     return pieces
 
 
@@ -136,7 +141,7 @@ def packed_attention(
     if attention_plan is None:
         raise RuntimeError(f'attention "{NAME}" ran without a plan: call the model through Policy.hidden')
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast RoPE returns float32
-    how = How(scaling, sliding_window, softcap)
+    how = AttentionOptions(scaling, sliding_window, softcap)
     if attention_plan.kernel == "sdpa" or (softcap is not None and attention_plan.kernel != "flash"):
         return segment_attention(query, key, value, attention_plan, how), None
     kernel = _flash if attention_plan.kernel == "flash" else _varlen
@@ -146,8 +151,8 @@ def packed_attention(
 AttentionInterface.register(NAME, packed_attention)
 
 
-def segment_attention(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, how: How) -> Tensor:
-    """One SDPA call a piece. Shapes as in `packed_attention`."""
+def segment_attention(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, how: AttentionOptions) -> Tensor:
+    """One SDPA call per piece. Shapes as in `packed_attention`."""
     sizes = [piece.rows for piece in plan.pieces]
     # split, not slices: the backward of each slice would zero-fill a tensor of all rows.
     queries, keys, values = query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2)
@@ -160,7 +165,7 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, plan: Attention
     return torch.cat(out, 2).transpose(1, 2)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: How) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: AttentionOptions) -> Tensor:
     repeats = query.shape[1] // key.shape[1]
     if how.softcap is None:
         return F.scaled_dot_product_attention(
@@ -186,7 +191,7 @@ def _mask(plan: AttentionPlan, i: int, window: int | None) -> Tensor | None:
     return plan.masks[i, window]
 
 
-def _make_mask(plan: AttentionPlan, piece: Piece, window: int | None) -> Tensor | None:
+def _make_mask(plan: AttentionPlan, piece: SdpaCall, window: int | None) -> Tensor | None:
     if piece.span is not None:
         position, owner = _positions_and_owners(piece.span, plan.device)
         mine = (owner[None] == owner[:, None]) | (owner[None] == 0)
@@ -212,11 +217,8 @@ def _causal(query: Tensor, key: Tensor, window: int | None) -> Tensor:
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
-VarlenKernel = Callable[..., Tensor]
-
-
 def varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, kernel: VarlenKernel, how: How
+    query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, kernel: Callable[..., Tensor], how: AttentionOptions
 ) -> Tensor:
     """query [H, T, D], key and value [Hkv, T, D] -> [T, H, D] by one call of `kernel`, causal and aligned bottom right.
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from oapl_engine import config
 from oapl_engine.errors import RunError
-from oapl_engine.trainer.policy import Policy, load_policy, published_weights, quiet
+from oapl_engine.trainer.loading import load_policy, silence_transformers
+from oapl_engine.trainer.policy import Policy, published_weights
 
 log = logging.getLogger(__name__)
 FORMAT = 1
@@ -106,7 +107,7 @@ def _is_same(target: Path, digest: str) -> bool:
 
 def _write_files(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, extra: Mapping[str, Any]) -> None:
     adapter = {name: p.detach().contiguous() for name, p in policy.trainable().items() if ".lora_" in name}
-    with quiet():
+    with silence_transformers():
         policy.model.save_pretrained(folder, state_dict=dict(published_weights(policy)) if adapter else None)
         if policy.tokenizer is not None:
             policy.tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""From the recipe's [objective] to an `oapl_kernels` objective, its advantages and its normaliser."""
+"""From the recipe's [objective] to an `oapl_kernels` objective; from its declarations to advantages and normaliser."""
 
 import inspect
 
@@ -7,51 +7,51 @@ from oapl_kernels.objectives import OBJECTIVES, with_reference_kl
 from torch import Tensor
 
 from oapl_engine.config import ObjectiveConfig
-from oapl_engine.errors import ConfigError, nearest
-
-# r - mean(r), as these publish it; "oapl" has its own value, and the others divide by the group's standard deviation.
-MEAN_BASELINE = ("kimi", "dr_grpo", "topr")
-PER_TOKEN = ("dapo", "cispo")
+from oapl_engine.errors import ConfigError, load_object, nearest
 
 
 def make_objective(section: ObjectiveConfig, beta2: float) -> Objective:
-    """The objective of a step. Raises ConfigError for an unknown name or switch."""
-    if section.name not in OBJECTIVES:
-        raise ConfigError(f'objective.name = "{section.name}" is unknown; {nearest(section.name, OBJECTIVES)}')
-    factory = OBJECTIVES[section.name]
-    options = {"oapl": {"beta2": beta2}, "kimi": {"tau": beta2}}.get(section.name, {}) | section.options
+    """The objective of a step: one of OBJECTIVES, or what "package.module:factory" makes.
+
+    beta2 is passed where the factory has a parameter of that name. Raises ConfigError for an unknown name or option.
+    """
+    name = section.name
+    if name not in OBJECTIVES and ":" not in name:
+        hint = nearest(name, [*OBJECTIVES, "package.module:factory"])
+        raise ConfigError(f'objective.name = "{name}" is unknown; {hint}')
+    factory = OBJECTIVES.get(name) or load_object(name, "objective.name")
     allowed = inspect.signature(factory).parameters
-    for name in options:
-        if name not in allowed:
-            raise ConfigError(
-                f"objective.options.{name}: {section.name} has only {', '.join(allowed) or 'no switches'}"
-            )
+    options = ({"beta2": beta2} if "beta2" in allowed else {}) | section.options
+    for option in options:
+        if option not in allowed:
+            raise ConfigError(f"objective.options.{option}: {name} has only {', '.join(allowed) or 'no options'}")
     try:
         objective = factory(**options)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"objective.options of {section.name}: {error}") from error
+        raise ConfigError(f"objective.options of {name}: {error}") from error
+    if not isinstance(objective, Objective):
+        raise ConfigError(
+            f'objective.name = "{name}" made a {type(objective).__name__}: a factory returns oapl_kernels.Objective'
+        )
     return with_reference_kl(objective, section.reference_coefficient) if section.reference_coefficient else objective
 
 
-def advantages(section: ObjectiveConfig, reward: Tensor, cu_groups: Tensor) -> Tensor:
-    """A [N] f64 of rewards [N] f64 in groups, as the objective's paper defines them."""
-    if section.name == "oapl":
-        return group_advantage(reward, cu_groups, section.beta1)
-    if section.name in MEAN_BASELINE:
-        return group_advantage(reward, cu_groups, float("inf"))
-    return grpo_advantage(reward, cu_groups)
+def advantages(objective: Objective, reward: Tensor, cu_groups: Tensor, beta1: float) -> Tensor:
+    """A [N] f64 of rewards [N] f64 in groups, by the objective's baseline. beta1: temperature of OAPL's value."""
+    if objective.baseline == "zscore":
+        return grpo_advantage(reward, cu_groups)
+    return group_advantage(reward, cu_groups, value_temperature(objective, beta1))
 
 
-def normalizer(section: ObjectiveConfig, sequences: int, tokens: int, max_new_tokens: int) -> float:
+def value_temperature(objective: Objective, beta1: float) -> float:
+    """beta1 for `group_value`: of OAPL's value, or inf, which makes it the group's mean."""
+    return beta1 if objective.baseline == "value" else float("inf")
+
+
+def normalizer(objective: Objective, sequences: int, tokens: int, max_new_tokens: int) -> float:
     """What the summed loss of an optimizer step is divided by; sequences and tokens are those of all ranks."""
-    if section.name in PER_TOKEN:
-        return float(tokens)
-    return float(sequences * max_new_tokens if section.name == "dr_grpo" else sequences)
-
-
-def needs_proximal(objective: Objective) -> bool:
-    """Whether the objective asks for log-probs at the start of the step (trainer.score.fill_logprobs)."""
-    return objective.name.startswith("decoupled_ppo")
+    divisors = {"sequences": sequences, "tokens": tokens, "constant": sequences * max_new_tokens}
+    return float(divisors[objective.normalizer])
 
 
 def rms(values: Tensor) -> float:

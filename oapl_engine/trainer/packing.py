@@ -2,7 +2,7 @@
 
 Rows of a group with a shared prompt of P tokens: the prefix, prompt[:P-1], then for each response prompt[P-1:] and the
 response up to the token before its last scored one. So every row that predicts a response token belongs to that
-response alone, and no row needs special treatment. Without sharing, a response's rows begin with its whole prompt.
+response alone, and no row needs special treatment. Without sharing, a response's rows begin with its complete prompt.
 """
 
 import heapq
@@ -20,38 +20,38 @@ IGNORE = -100
 
 
 @dataclass(frozen=True)
-class Item:
+class TrainGroup:
     """The rollouts of one group that are trained, and their advantages [n] f32."""
 
     rollouts: tuple[Rollout, ...]
     advantage: NDArray[np.float32]
 
 
-def pack(items: Iterable[Item], token_budget: int, share_prompts: bool) -> list[Batch]:
+def pack(groups: Iterable[TrainGroup], token_budget: int, share_prompts: bool) -> list[Batch]:
     """Micro-batches of at most `token_budget` rows with nearly equal loads; the same input gives the same batches.
 
-    A group stays whole where it fits and is split between responses where not; a single response longer than the
+    A group stays together where it fits and is split between responses where not; a single response longer than the
     budget goes alone. Raises ValueError for a rollout without scored token or prompt, and for a group of two prompts.
     """
-    parts = [part for item in items for part in _split(item, token_budget, share_prompts)]
+    parts = [part for group in groups for part in _split(group, token_budget, share_prompts)]
     bins = _balance([_row_count(part, share_prompts) for part in parts], token_budget)
     return [_batch([parts[i] for i in chosen], share_prompts) for chosen in bins]
 
 
-def _split(item: Item, token_budget: int, share_prompts: bool) -> list[Item]:
-    _check(item, share_prompts)
+def _split(group: TrainGroup, token_budget: int, share_prompts: bool) -> list[TrainGroup]:
+    _check(group, share_prompts)
     cuts = [0]
-    for i in range(1, len(item.rollouts)):
-        whole = Item(item.rollouts[cuts[-1] : i + 1], item.advantage)
+    for i in range(1, len(group.rollouts)):
+        whole = TrainGroup(group.rollouts[cuts[-1] : i + 1], group.advantage)
         if not share_prompts or _row_count(whole, True) > token_budget:
             cuts.append(i)
-    ends = [*cuts[1:], len(item.rollouts)]
-    return [Item(item.rollouts[a:b], item.advantage[a:b]) for a, b in zip(cuts, ends, strict=True)]
+    ends = [*cuts[1:], len(group.rollouts)]
+    return [TrainGroup(group.rollouts[a:b], group.advantage[a:b]) for a, b in zip(cuts, ends, strict=True)]
 
 
-def _check(item: Item, share_prompts: bool) -> None:
-    first = item.rollouts[0]
-    for rollout in item.rollouts:
+def _check(group: TrainGroup, share_prompts: bool) -> None:
+    first = group.rollouts[0]
+    for rollout in group.rollouts:
         if rollout.prompt_length < 1:
             raise ValueError(f"rollout {rollout.key} has an empty prompt: nothing predicts its first token")
         if not rollout.loss_mask[rollout.prompt_length :].any():
@@ -68,12 +68,12 @@ def _last_scored(rollout: Rollout) -> int:
     return int(np.flatnonzero(rollout.loss_mask)[-1])
 
 
-def _prefix(part: Item, share_prompts: bool) -> int:
+def _prefix(part: TrainGroup, share_prompts: bool) -> int:
     # A response on its own shares with nobody: its prompt stays in its own rows, one attention call instead of two.
     return part.rollouts[0].prompt_length - 1 if share_prompts and len(part.rollouts) > 1 else 0
 
 
-def _row_count(part: Item, share_prompts: bool) -> int:
+def _row_count(part: TrainGroup, share_prompts: bool) -> int:
     prefix = _prefix(part, share_prompts)
     return prefix + sum(_last_scored(r) - prefix for r in part.rollouts)
 
@@ -100,13 +100,13 @@ def balance(sizes: Sequence[int], bins: int) -> list[list[int]]:
     return [sorted(indices) for indices in chosen]
 
 
-def share_items(items: Sequence[Item], ranks: Ranks) -> list[Item]:
-    """This rank's items: nearly equal tokens per rank, the same cut on every rank; may be empty."""
-    bins = balance([sum(len(r.token_ids) for r in item.rollouts) for item in items], ranks.world)
-    return [items[i] for i in bins[ranks.rank]]
+def share_groups(groups: Sequence[TrainGroup], ranks: Ranks) -> list[TrainGroup]:
+    """This rank's groups: nearly equal tokens per rank, the same cut on every rank; may be empty."""
+    bins = balance([sum(len(r.token_ids) for r in group.rollouts) for group in groups], ranks.world)
+    return [groups[i] for i in bins[ranks.rank]]
 
 
-def _batch(parts: Sequence[Item], share_prompts: bool) -> Batch:
+def _batch(parts: Sequence[TrainGroup], share_prompts: bool) -> Batch:
     pieces: list[tuple[NDArray, ...]] = []
     spans, start = [], 0
     for part in parts:
@@ -114,24 +114,22 @@ def _batch(parts: Sequence[Item], share_prompts: bool) -> Batch:
         spans.append(span)
         pieces.extend(rows)
         start += sum(len(piece[0]) for piece in rows)
-    token_ids, positions, target, mask, behavior = (np.concatenate(column) for column in zip(*pieces, strict=True))
+    token_ids, positions, target, behavior = (np.concatenate(column) for column in zip(*pieces, strict=True))
     rollouts = [r for part in parts for r in part.rollouts]
     return Batch(
         token_ids=token_ids,
         positions=positions,
         target=target,
-        mask=mask,
         behavior_logprob=behavior,
-        rows=np.flatnonzero(mask),
+        rows=np.flatnonzero(target != IGNORE),
         cu_seqlens=_offsets([int(np.count_nonzero(r.loss_mask)) for r in rollouts]),
-        cu_groups=_offsets([len(part.rollouts) for part in parts]),
         prompts=tuple(spans),
         advantage=np.concatenate([part.advantage for part in parts]).astype(np.float32),
         keys=tuple(r.key for r in rollouts),
     )
 
 
-def _lay_out(part: Item, prefix: int, start: int) -> tuple[PromptSpan, list[tuple[NDArray, ...]]]:
+def _lay_out(part: TrainGroup, prefix: int, start: int) -> tuple[PromptSpan, list[tuple[NDArray, ...]]]:
     first = part.rollouts[0]
     pieces = [_rows(first, 0, prefix)] if prefix else []
     responses, row = [], start + prefix
@@ -144,11 +142,11 @@ def _lay_out(part: Item, prefix: int, start: int) -> tuple[PromptSpan, list[tupl
 
 
 def _rows(rollout: Rollout, first: int, end: int) -> tuple[NDArray, ...]:
-    """Token ids, positions, targets, mask and behaviour log-probs of the rows that read tokens [first, end)."""
+    """Token ids, positions, targets and behaviour log-probs of the rows that read tokens [first, end)."""
     mask = rollout.loss_mask[first + 1 : end + 1].astype(np.uint8)
     target = np.where(mask, rollout.token_ids[first + 1 : end + 1].astype(np.int64), IGNORE)
     behavior = np.where(mask, rollout.behavior_logprob[first + 1 : end + 1], np.float32(0)).astype(np.float32)
-    return rollout.token_ids[first:end].astype(np.int64), np.arange(first, end), target, mask, behavior
+    return rollout.token_ids[first:end].astype(np.int64), np.arange(first, end), target, behavior
 
 
 def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:

@@ -1,8 +1,8 @@
-"""Which packed layouts a model computes exactly, found out by trying: no architecture is trusted by its name alone.
+"""In which packing modes a model computes exactly, found out by trying: no architecture is trusted by its name alone.
 
-A layout is wrong where something besides attention reads across rows (linear attention, short convolutions, ALiBi),
+A mode is wrong where something besides attention reads across rows (linear attention, short convolutions, ALiBi),
 or where attention is not what `oapl_packed` computes (sinks, masks of its own). Then the log-probs of a packed probe
-differ from the model's own, sequence by sequence, and the next layout is tried.
+differ from the model's own, sequence by sequence, and the next mode is tried.
 """
 
 from dataclasses import dataclass
@@ -13,22 +13,27 @@ import torch
 from torch import Tensor
 
 from oapl_engine.samples import Prompt, Rollout, make_rollout
-from oapl_engine.trainer.packing import Item
+from oapl_engine.trainer.packing import TrainGroup
 
 
 @dataclass(frozen=True)
-class Layout:
-    """share: a prompt once a group; together: several sequences in one batch. reason: why not, for the log."""
+class PackingMode:
+    """How sequences may share a batch.
+
+    share:     a group's prompt is computed once
+    together:  several sequences are in one batch
+    reason:    why not, for the log
+    """
 
     share: bool = True
     together: bool = True
     reason: str | None = None
 
 
-LAYOUTS = (Layout(), Layout(share=False), Layout(share=False, together=False))
+PACKING_MODES = (PackingMode(), PackingMode(share=False), PackingMode(share=False, together=False))  # best first
 
 
-def layout_rule(config: object) -> str | None:
+def packing_rule(config: object) -> str | None:
     """What the probe is too short to see, in a transformers config; None if nothing."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope"):
@@ -41,19 +46,19 @@ def layout_rule(config: object) -> str | None:
     return None
 
 
-def probe_items(vocabulary: int) -> list[Item]:
+def probe_groups(vocabulary: int) -> list[TrainGroup]:
     """Two groups of two short rollouts, enough for one to leak into another."""
     return [_probe_group(g, vocabulary) for g in range(2)]
 
 
-def _probe_group(group: int, vocabulary: int) -> Item:
+def _probe_group(group: int, vocabulary: int) -> TrainGroup:
     draw = np.random.default_rng(group)
     prompt = draw.integers(0, vocabulary, 4 + group)
     responses = [draw.integers(0, vocabulary, length) for length in (3, 5)]
     about: dict[str, Any] = {"spans": (), "finish": "stop", "status": "scored", "reward": 0.0}
     probe = Prompt("probe", prompt.astype(np.int32), "probe")
     rollouts = tuple(make_rollout(probe, str(group), i, response, **about) for i, response in enumerate(responses))
-    return Item(rollouts, np.zeros(2, np.float32))
+    return TrainGroup(rollouts, np.zeros(2, np.float32))
 
 
 @torch.no_grad()

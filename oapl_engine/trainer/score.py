@@ -1,14 +1,14 @@
-"""Log-probs of finished rollouts under the policy: the same packing, attention and head as in training."""
+"""Log-probs of finished rollouts under a policy: the same packing, attention and head as in training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from oapl_engine.samples import Batch, Group
-from oapl_engine.trainer.packing import Item
+from oapl_engine.samples import Batch, Group, Rollout
+from oapl_engine.trainer.packing import TrainGroup
 from oapl_engine.trainer.policy import Policy
 
 LogProbs = dict[str, NDArray[np.float32]]
@@ -19,10 +19,10 @@ def score(
 ) -> LogProbs:
     """Rollout key to log-probs [response tokens] f32 of every rollout with a sampled token; 0 where loss_mask is 0."""
     kept = [tuple(r for r in g.rollouts if r.loss_mask.any()) for g in groups]
-    items = [Item(rollouts, np.zeros(len(rollouts), np.float32)) for rollouts in kept if rollouts]
+    unweighted = [TrainGroup(rollouts, np.zeros(len(rollouts), np.float32)) for rollouts in kept if rollouts]
     by_key = {r.key: r for rollouts in kept for r in rollouts}
     scored: LogProbs = {}
-    for batch in policy.batches(items, token_budget, share_prompts):
+    for batch in policy.batches(unweighted, token_budget, share_prompts):
         values = np.split(_logprob(policy, batch, temperature), batch.cu_seqlens[1:-1])
         for key, value in zip(batch.keys, values, strict=True):
             mask = by_key[key].loss_mask[by_key[key].prompt_length :] != 0
@@ -44,3 +44,18 @@ def fill_logprobs(field: str, policy: Policy, batches: Sequence[Batch], temperat
         values[batch.rows] = _logprob(policy, batch, temperature)
         filled.append(replace(batch, **{field: values}))  # type: ignore[arg-type]
     return filled
+
+
+def replace_behavior_logprob(groups: Sequence[Group], logprobs: Mapping[str, NDArray[np.float32]]) -> list[Group]:
+    """The groups with behaviour log-probs replaced by recomputed ones, [response] by rollout key, where there are."""
+    return [
+        replace(group, rollouts=tuple(_with_behavior(rollout, logprobs.get(rollout.key)) for rollout in group.rollouts))
+        for group in groups
+    ]
+
+
+def _with_behavior(rollout: Rollout, logprob: NDArray[np.float32] | None) -> Rollout:
+    if logprob is None:
+        return rollout
+    prompt = np.zeros(rollout.prompt_length, np.float32)
+    return replace(rollout, behavior_logprob=np.concatenate([prompt, logprob]))

@@ -1,47 +1,55 @@
-"""What a step trains on: rollouts chosen by rule, their advantages, and what is told about them."""
+"""What a step trains on: rollouts selected by rule, their advantages, and what the metrics say about them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from oapl_kernels import group_value
+from oapl_kernels import Objective, group_value
 from oapl_kernels.objectives import soft_overlong_penalty
 
 from oapl_engine.config import ObjectiveConfig
 from oapl_engine.distributed import Ranks
 from oapl_engine.samples import Group, Rollout, decode_groups, encode_groups
-from oapl_engine.trainer.objective import advantages, rms
-from oapl_engine.trainer.packing import Item
+from oapl_engine.trainer.objective import advantages, make_objective, rms, value_temperature
+from oapl_engine.trainer.packing import TrainGroup
 
 Recorded = Mapping[str, NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
 class StepSelection:
-    """items: one a trained group. dropped: rollout key to rule, for the ledger. beta2: given, or the step's scale-free.
+    """What an optimizer step trains on.
 
-    metrics: the contract's names that follow from the data alone; None where nothing was there to measure.
+    groups:   one per trained group
+    dropped:  rollout key to the rule that left it out, for the ledger
+    beta2:    as given, or the step's scale-free one
+    metrics:  those that follow from the data alone; None where nothing was there to measure
     """
 
-    items: tuple[Item, ...]
+    groups: tuple[TrainGroup, ...]
     dropped: dict[str, str]
     beta2: float
     metrics: dict[str, float | None]
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return tuple(r.key for item in self.items for r in item.rollouts)
+        return tuple(r.key for group in self.groups for r in group.rollouts)
 
     @property
     def tokens(self) -> int:
-        return sum(int(np.count_nonzero(r.loss_mask)) for item in self.items for r in item.rollouts)
+        return sum(int(np.count_nonzero(r.loss_mask)) for group in self.groups for r in group.rollouts)
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A group's usable rollouts, their rewards [n] as trained, and the rewards [m] that its value is estimated from."""
+    """A group that may be trained.
+
+    rollouts:  the usable ones
+    reward:    [n] f64, as trained
+    basis:     [m] f64, rewards that the group's value is estimated from
+    """
 
     rollouts: tuple[Rollout, ...]
     reward: NDArray[np.float64]
@@ -63,22 +71,26 @@ def exchange_groups(ranks: Ranks, own: Sequence[Group], order: Sequence[str]) ->
 def select_rollouts(
     groups: Sequence[Group], section: ObjectiveConfig, max_new_tokens: int, recorded_rewards: Recorded | None = None
 ) -> StepSelection:
-    """Items of an optimizer step. Rollouts that are not scored are left out silently: their status is their column.
+    """The groups of an optimizer step with their advantages.
 
-    recorded_rewards: group id to all rewards that were recorded for the prompt, where more than the rollouts at hand.
-    Non-finite rewards are passed on as non-finite advantages: `train_step` refuses them, by the recipe's rule.
+    recorded_rewards: group id to all rewards that were recorded for the prompt, where more than the rollouts at hand
+
+    Rollouts that are not scored are left out silently: their status is their column of the ledger. Non-finite rewards
+    are passed on as non-finite advantages: `train_step` refuses them, by the recipe's rule.
     """
+    objective = make_objective(section, section.beta2)
     dropped: dict[str, str] = {}
     candidates = [_candidate(g, section, max_new_tokens, (recorded_rewards or {}).get(g.id), dropped) for g in groups]
     usable = [c for c in candidates if c is not None]
     kept = _without_equal(usable, section.equal_groups, dropped)
-    values = [_advantage(c, section) for c in kept]
-    items = tuple(Item(c.rollouts, a.astype(np.float32)) for c, a in zip(kept, values, strict=True))
+    values = [_advantage(c, objective, section.beta1) for c in kept]
+    trained = tuple(TrainGroup(c.rollouts, a.astype(np.float32)) for c, a in zip(kept, values, strict=True))
+    known_values = [_value(c, objective, section.beta1) for c in kept if np.isfinite(c.basis).all()]
     beta2 = section.beta2
     spread = rms(torch.from_numpy(np.concatenate(values))) if values else 0.0
     if section.scale_free_nats is not None and np.isfinite(spread) and spread > 0:
         beta2 = spread / section.scale_free_nats
-    return StepSelection(items, dropped, beta2, _metrics(groups, usable, kept, values, section))
+    return StepSelection(trained, dropped, beta2, _metrics(groups, usable, values, known_values))
 
 
 def _candidate(
@@ -119,27 +131,25 @@ def _without_equal(usable: list[_Candidate], rule: str, dropped: dict[str, str])
     return kept
 
 
-def _advantage(candidate: _Candidate, section: ObjectiveConfig) -> NDArray[np.float64]:
+def _advantage(candidate: _Candidate, objective: Objective, beta1: float) -> NDArray[np.float64]:
     if not (np.isfinite(candidate.basis).all() and np.isfinite(candidate.reward).all()):
         return np.full(len(candidate.reward), np.nan)
     if candidate.basis is not candidate.reward:
-        return candidate.reward - _value(candidate, section)
+        return candidate.reward - _value(candidate, objective, beta1)
     reward = torch.from_numpy(candidate.reward)
-    return advantages(section, reward, torch.tensor([0, len(reward)])).numpy()
+    return advantages(objective, reward, torch.tensor([0, len(reward)]), beta1).numpy()
 
 
-def _value(candidate: _Candidate, section: ObjectiveConfig) -> float:
-    beta1 = section.beta1 if section.name == "oapl" else float("inf")
+def _value(candidate: _Candidate, objective: Objective, beta1: float) -> float:
     basis = torch.from_numpy(candidate.basis)
-    return float(group_value(basis, torch.tensor([0, len(basis)]), beta1))
+    return float(group_value(basis, torch.tensor([0, len(basis)]), value_temperature(objective, beta1)))
 
 
 def _metrics(
     groups: Sequence[Group],
     usable: list[_Candidate],
-    kept: list[_Candidate],
-    values: list[NDArray[np.float64]],
-    section: ObjectiveConfig,
+    advantages: list[NDArray[np.float64]],
+    values: list[float],
 ) -> dict[str, float | None]:
     scored = [r for group in groups for r in group.scored()]
     return {
@@ -147,8 +157,8 @@ def _metrics(
         "seq_len/mean": _mean([r.response_tokens for r in scored]),
         "is_truncated/mean": _mean([r.finish == "length" for r in scored]),
         "filters/zero_variance": _mean([c.equal for c in usable]),
-        "advantage/mean": _mean(np.concatenate(values) if values else []),
-        "value/mean": _mean([_value(c, section) for c in kept if np.isfinite(c.basis).all()]),
+        "advantage/mean": _mean(np.concatenate(advantages) if advantages else []),
+        "value/mean": _mean(values),
     }
 
 
@@ -156,15 +166,3 @@ def _mean(values: Sequence[float] | NDArray[np.float64]) -> float | None:
     """Mean, None where there is none or it is not finite (JSON has no NaN)."""
     mean = float(np.mean(values)) if len(values) else np.nan
     return mean if np.isfinite(mean) else None
-
-
-def replace_behavior_logprob(groups: Sequence[Group], logprobs: Mapping[str, NDArray[np.float32]]) -> list[Group]:
-    """The groups with behaviour log-probs replaced by those of `score` (behavior = "recomputed"); key to [response]."""
-
-    def of(rollout: Rollout) -> Rollout:
-        if rollout.key not in logprobs:
-            return rollout
-        prompt = np.zeros(rollout.prompt_length, np.float32)
-        return replace(rollout, behavior_logprob=np.concatenate([prompt, logprobs[rollout.key]]))
-
-    return [replace(g, rollouts=tuple(map(of, g.rollouts))) for g in groups]

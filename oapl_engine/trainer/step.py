@@ -1,7 +1,7 @@
 """One optimizer step as a function."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -23,9 +23,11 @@ class NonFiniteError(RunError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """stepped: False where a non-finite number made the step skip itself, `reason` says which and where.
+    """What an optimizer step did.
 
-    metrics: the contract's names that follow from the step; None = not measured, or not finite.
+    stepped:  False where a non-finite number made the step skip itself
+    reason:   which number, and where; None if stepped
+    metrics:  those that follow from the step; None: not measured, or not finite
     """
 
     stepped: bool
@@ -44,16 +46,16 @@ def train_step(
     temperature: float = 1.0,
     clip_norm: float = float("inf"),
     entropy_coefficient: float = 0.0,
-    beta2: float | None = None,
     nonfinite: str = "stop",
     ranks: Ranks = ALONE,
 ) -> StepResult:
     """One optimizer step over all micro-batches: the gradient is that of the summed loss / normalizer, exactly.
 
-    batches: this rank's, none at all included; the gradient is summed over the ranks. normalizer: sequences (or what
-    the objective divides by) of the whole step on all ranks; beta2: of a squared residual (oapl, kimi), for
-    `residual_mean`. A non-finite number raises NonFiniteError before the weights change, or with nonfinite="skip" gives
-    a result that says so; gradients are cleared either way.
+    batches:     this rank's, none at all included; the gradient is summed over the ranks
+    normalizer:  sequences (or what the objective divides by) of the complete step on all ranks
+    nonfinite:   "stop": a non-finite number raises NonFiniteError before the weights change; "skip": the result says so
+
+    Gradients are cleared either way.
     """
     how = {"normalizer": normalizer, "temperature": temperature, "entropy_coefficient": entropy_coefficient}
     try:
@@ -71,13 +73,13 @@ def train_step(
     optimizer.step()
     # Kept, not freed: on CPU fresh memory costs more in page faults than the zeroing.
     optimizer.zero_grad(set_to_none=False)
-    return StepResult(True, None, _metrics(batches, losses, float(norm), beta2, ranks))
+    return StepResult(True, None, _metrics(batches, losses, float(norm), objective, ranks))
 
 
 def _checked_gradients(
     policy: Policy, batches: Sequence[Batch], objective: Objective, how: dict[str, float], ranks: Ranks
 ) -> list[PolicyLoss]:
-    """The micro-batches' losses; every .grad is the whole step's. What one rank finds not finite, all refuse."""
+    """The micro-batches' losses; every .grad is the complete step's. What one rank finds not finite, all refuse."""
     losses: list[PolicyLoss] = []
     problem = None
     try:
@@ -94,7 +96,7 @@ def _checked_gradients(
 
 
 def sum_gradients(policy: Policy, ranks: Ranks) -> None:
-    """Add up .grad over the ranks. A rank without micro-batches gives zeros; what nobody has stays None."""
+    """Add up .grad over the ranks. A rank without micro-batches gives zeros; what no rank has stays None."""
     if ranks.world == 1:
         return
     parameters = list(policy.trainable().values())
@@ -133,7 +135,8 @@ def _check_losses(batches: Sequence[Batch], losses: Sequence[PolicyLoss]) -> Non
     for batch, loss in zip(batches, losses, strict=True):
         wrong = torch.nonzero(~torch.isfinite(loss.sequence_logprob))[:, 0]
         _refuse("log-prob", batch, wrong.cpu().numpy())
-        _refuse("loss", batch, np.arange(0 if torch.isfinite(loss.loss) else len(batch.keys)))
+        if not torch.isfinite(loss.loss):
+            _refuse("loss", batch, np.arange(len(batch.keys)))
 
 
 def _refuse(what: str, batch: Batch, sequences: np.ndarray) -> None:
@@ -153,30 +156,61 @@ def _check_gradients(policy: Policy, batches: Sequence[Batch]) -> Tensor:
     return norm
 
 
+@dataclass(frozen=True)
+class _Sums:
+    """Of one micro-batch, what its metrics are means of.
+
+    loss, entropy:       summed
+    tokens, sequences:   trained
+    log_ratio, square:   sums of ln π - ln π_vllm and of its square
+    residual:            sum of beta2·log-ratio - A, for objectives with a squared residual
+    largest:             absolute log-ratio
+    """
+
+    loss: float
+    entropy: float
+    tokens: int
+    sequences: int
+    log_ratio: float
+    square: float
+    residual: float
+    largest: float
+
+    @classmethod
+    def of(cls, batch: Batch, loss: PolicyLoss, beta2: float) -> "_Sums":
+        log_ratio = loss.logprob.double().cpu().numpy() - batch.behavior_logprob[batch.rows]
+        residual = beta2 * np.add.reduceat(log_ratio, batch.cu_seqlens[:-1]) - batch.advantage
+        return cls(
+            loss=float(loss.loss),
+            entropy=float(loss.entropy.double().sum()),
+            tokens=len(log_ratio),
+            sequences=len(residual),
+            log_ratio=float(log_ratio.sum()),
+            square=float((log_ratio**2).sum()),
+            residual=float(residual.sum()),
+            largest=float(np.abs(log_ratio).max()),
+        )
+
+
 def _metrics(
-    batches: Sequence[Batch], losses: Sequence[PolicyLoss], norm: float, beta2: float | None, ranks: Ranks
+    batches: Sequence[Batch], losses: Sequence[PolicyLoss], norm: float, objective: Objective, ranks: Ranks
 ) -> dict[str, float | None]:
-    own = [_sums(batch, loss, beta2 or 0.0) for batch, loss in zip(batches, losses, strict=True)]
-    sums = np.array([part for parts in ranks.gather(own) for part in parts])
-    loss, tokens, ratio, square, entropy, sequences, residual, _ = sums.sum(0)
-    mean = ratio / tokens
+    """Metrics of the complete step. Collective."""
+    beta2 = objective.log_ratio_weight
+    own = [asdict(_Sums.of(batch, loss, beta2 or 0.0)) for batch, loss in zip(batches, losses, strict=True)]
+    every = [sums for rank in ranks.gather(own) for sums in rank]
+    total = {name: sum(sums[name] for sums in every) for name in every[0]}
+    tokens = total["tokens"]
+    mean = total["log_ratio"] / tokens
     metrics = {
-        "loss": loss,
-        "residual/mean": None if beta2 is None else residual / sequences,
-        "entropy": entropy / tokens,
+        "loss": total["loss"],
+        "residual/mean": None if beta2 is None else total["residual"] / total["sequences"],
+        "entropy/all/mean": total["entropy"] / tokens,
         "optim/grad_norm": norm,
         "log_ratio/mean": mean,
-        "log_ratio/std": np.sqrt(max(0.0, square / tokens - mean**2)),
-        "log_ratio/max": sums[:, -1].max(),
+        "log_ratio/std": np.sqrt(max(0.0, total["square"] / tokens - mean**2)),
+        "log_ratio/max": max(sums["largest"] for sums in every),
         "tokens/trained": tokens,
+        "beta2": beta2,
     }
     return {name: float(v) if v is not None and np.isfinite(v) else None for name, v in metrics.items()}
-
-
-def _sums(batch: Batch, loss: PolicyLoss, beta2: float) -> list[float]:
-    """Of a micro-batch: loss, tokens, log-ratio, its square, entropy, sequences, residual; and the largest |ratio|."""
-    log_ratio = loss.logprob.double().cpu().numpy() - batch.behavior_logprob[batch.rows]
-    residual = beta2 * np.add.reduceat(log_ratio, batch.cu_seqlens[:-1]) - batch.advantage
-    entropy = loss.entropy.double().sum()
-    sums = (loss.loss, len(log_ratio), log_ratio.sum(), (log_ratio**2).sum(), entropy, len(residual), residual.sum())
-    return [float(value) for value in (*sums, np.abs(log_ratio).max())]

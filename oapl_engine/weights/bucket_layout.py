@@ -11,45 +11,39 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from oapl_engine.weights.control import BucketSlice
+
 ALIGNMENT = 64  # bytes
 NamedTensors = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Elements [start, start + count) of a tensor, row-major, at a byte offset of a bucket. label: the tensor's name,
-    with the range where the tensor is split."""
+class BucketLayout:
+    """What travels in which bucket.
 
-    label: str
-    name: str
-    start: int
-    count: int
-    bucket: int
-    offset: int
-
-
-@dataclass(frozen=True)
-class Layout:
-    """shapes: of all tensors by name, in the trainer's order; pieces: in order; size: bytes that a bucket needs."""
+    shapes:  of all tensors by name, in the trainer's order
+    slices:  in order
+    size:    bytes that a bucket needs
+    """
 
     shapes: dict[str, tuple[int, ...]]
-    pieces: list[Piece]
+    slices: list[BucketSlice]
     size: int
 
-    def buckets(self) -> list[list[Piece]]:
-        grouped: dict[int, list[Piece]] = {}
-        for piece in self.pieces:
-            grouped.setdefault(piece.bucket, []).append(piece)
+    def buckets(self) -> list[list[BucketSlice]]:
+        grouped: dict[int, list[BucketSlice]] = {}
+        for part in self.slices:
+            grouped.setdefault(part.bucket, []).append(part)
         return list(grouped.values())
 
 
-def lay_out(tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, bucket_bytes: int) -> Layout:
+def lay_out(tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, bucket_bytes: int) -> BucketLayout:
     """Tensors into buckets of at most bucket_bytes, in order; one larger than a bucket is split between rows."""
     shapes: dict[str, tuple[int, ...]] = {}
-    pieces: list[Piece] = []
+    slices: list[BucketSlice] = []
     bucket, offset, size = 0, 0, 0
     room = max(bucket_bytes, ALIGNMENT) // dtype.itemsize  # elements of a bucket
-    for name, tensor in distinct(tensors):
+    for name, tensor in skip_tied(tensors):
         shapes[name] = tuple(tensor.shape)
         total, start = tensor.numel(), 0
         step = total if total <= room else room // row_length(tensor) * row_length(tensor) or room
@@ -58,11 +52,11 @@ def lay_out(tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, buc
             if offset and offset + count * dtype.itemsize > bucket_bytes:
                 bucket, offset = bucket + 1, 0
             label = name if count == total else f"{name}[{start}:{start + count}]"
-            pieces.append(Piece(label, name, start, count, bucket, offset))
+            slices.append(BucketSlice(label, name, start, count, bucket, offset))
             size = max(size, offset + count * dtype.itemsize)
             offset += -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT
             start += count
-    return Layout(shapes, pieces, size)
+    return BucketLayout(shapes, slices, size)
 
 
 def row_length(tensor: torch.Tensor) -> int:
@@ -70,7 +64,7 @@ def row_length(tensor: torch.Tensor) -> int:
     return math.prod(tensor.shape[1:])
 
 
-def distinct(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+def skip_tied(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors without the second names of tied ones; none is kept alive."""
     seen: weakref.WeakValueDictionary[tuple[int, torch.Size], torch.Tensor] = weakref.WeakValueDictionary()
     for name, tensor in tensors:
@@ -81,7 +75,7 @@ def distinct(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str,
 
 
 @torch.no_grad()
-def elements(tensor: torch.Tensor, start: int, count: int) -> torch.Tensor:
+def flat_slice(tensor: torch.Tensor, start: int, count: int) -> torch.Tensor:
     """Elements [start, start + count) in row-major order. Of a DTensor they are gathered, each from the rank that holds
     it, on every rank of its mesh: a collective call. Raises ValueError for a sharding other than FSDP2's."""
     if not isinstance(tensor, DTensor):
@@ -92,7 +86,7 @@ def elements(tensor: torch.Tensor, start: int, count: int) -> torch.Tensor:
     if placements != (Shard(0),):
         raise ValueError(f"a tensor is placed as {placements}; allowed: (Shard(dim=0),) or (Replicate(),) on one mesh")
     mesh, gathered = tensor.device_mesh, local.new_empty(count)
-    held = -(-tensor.shape[0] // mesh.size()) * row_length(tensor)  # elements a rank, fewer on the last ones
+    held = -(-tensor.shape[0] // mesh.size()) * row_length(tensor)  # elements per rank, fewer on the last ones
     for owner in range(start // held, (start + count - 1) // held + 1):
         first, last = max(start, owner * held), min(start + count, (owner + 1) * held)
         part = gathered[first - start : last - start]
@@ -104,9 +98,9 @@ def elements(tensor: torch.Tensor, start: int, count: int) -> torch.Tensor:
 
 def join_gathers(named_tensors: NamedTensors, dtype: torch.dtype, bucket_bytes: int) -> None:
     """What a rank without an engine does while others publish: takes part in the gathers of their buckets."""
-    tensors = distinct(named_tensors())
+    tensors = skip_tied(named_tensors())
     name, tensor = "", torch.empty(0)
-    for piece in lay_out(named_tensors(), dtype, bucket_bytes).pieces:
-        while name != piece.name:
+    for part in lay_out(named_tensors(), dtype, bucket_bytes).slices:
+        while name != part.name:
             name, tensor = next(tensors)
-        elements(tensor, piece.start, piece.count)
+        flat_slice(tensor, part.start, part.count)

@@ -1,7 +1,5 @@
 """Publisher: one version of the trainer's weights into one live engine, complete and attested before it serves."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections import deque
@@ -11,102 +9,126 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from oapl_kernels.weight_pack import combined, pack_all
+from oapl_kernels.weight_pack import combine_checksums, pack_all
 
 from oapl_engine.weights.attest import (
-    Gap,
-    Golden,
+    LogprobGap,
     Logprobs,
+    ProbePrompts,
     WeightMismatchError,
     check_checksums,
-    check_golden,
+    check_probes,
     check_staleness,
 )
-from oapl_engine.weights.bucket_layout import Layout, NamedTensors, Piece, distinct, elements, lay_out
-from oapl_engine.weights.transports import Buckets
-from oapl_engine.weights.transports.memfd import MemfdBuckets
+from oapl_engine.weights.bucket_layout import BucketLayout, NamedTensors, flat_slice, lay_out, skip_tied
+from oapl_engine.weights.control import (
+    Attest,
+    Bucket,
+    BucketSlice,
+    EngineControl,
+    Finish,
+    Init,
+    Start,
+    TensorEntry,
+    UpdateReply,
+    UpdateRequest,
+)
+from oapl_engine.weights.transports import Buckets, make_buckets
 
-Control = Callable[[str, dict[str, Any]], Any]
+FilledSlice = tuple[BucketSlice, torch.Tensor]  # and its elements, flat
 
 
 @dataclass(frozen=True)
 class PublishReport:
-    """seconds: by phase (pause, init, pack, transfer, finish, attest, resume, total), pack and transfer overlap; the
-    engine's own (take, check, scatter, read_back), of its slowest rank. bytes: sent; changed_share: of the engine's
-    elements, bit patterns that differ from the version before; checksum: of all pieces, 16 hex digits; gap: log-probs
-    of engine and trainer on the golden prompts, None without them."""
+    """What a publish did.
+
+    seconds:        by phase: init, pack, transfer, finish, attest, total (pack and transfer overlap), and the engine's
+                    own, of its slowest rank: take, check, scatter, read_back
+    bytes:          sent
+    changed_share:  of the engine's elements, bit patterns that differ from the version before
+    checksum:       of all slices, 16 hex digits
+    gap:            log-probs of engine and trainer on the probe prompts; None without them
+    """
 
     version: int
     seconds: dict[str, float]
     bytes: int
     changed_share: float
     checksum: str
-    gap: Gap | None
+    gap: LogprobGap | None
 
 
 class Publisher:
-    """Publishes to one engine through two buckets that are kept and used in turn.
+    """Publishes to one paused engine through two buckets that are kept and used in turn.
 
-    named_tensors(): (name, tensor) pairs as in a Hugging Face checkpoint, the same names, shapes and order every time,
-    one alive at a time if it likes; tied tensors are sent once; a DTensor is gathered a bucket at a time, so the ranks
-    of its mesh publish at once, each to its engine (or call layout.join_gathers).
-    control(phase, payload): blocking; "pause" {"mode"}, "resume" {}, "score" {"token_ids"} → log-probs, and "init",
-    "start", "bucket", "finish", "attest" → the reply of the engine's transfer (EngineClient.control does all of them).
-    bucket_bytes: of one bucket at most; dtype: of the engine's parameters; make_buckets(size): a transport.
+    named_tensors:  () -> (name, tensor) pairs as in a Hugging Face checkpoint, the same names, shapes and order every
+                    time; one may be alive at a time; tied tensors are sent once. A DTensor is gathered a bucket at a
+                    time, so the ranks of its mesh publish at the same time, each to its engine (or call
+                    bucket_layout.join_gathers)
+    control:        of the engine
+    bucket_bytes:   of one bucket at most
+    dtype:          of the engine's parameters
+    probes:         prompts that attest that the engine computes with the new weights
+    make_buckets:   (bytes of a bucket) -> the transport's Buckets
+
+    Example, for a trainer of your own (docs/weights.md):
+
+        publisher = Publisher(model.named_parameters, StockServer("http://127.0.0.1:8000"))
+        report = publish_paused(publisher, version=1)
     """
 
     def __init__(
         self,
         named_tensors: NamedTensors,
-        control: Control,
+        control: EngineControl,
+        *,
         bucket_bytes: int = 64 << 20,
         dtype: torch.dtype = torch.bfloat16,
-        golden: Golden | None = None,
-        on_publish: str = "drain",
-        make_buckets: Callable[[int], Buckets] = MemfdBuckets,
+        probes: ProbePrompts | None = None,
+        make_buckets: Callable[[int], Buckets] = lambda size: make_buckets("memfd", size),
     ) -> None:
         self.named_tensors = named_tensors
         self.control = control
         self.bucket_bytes = bucket_bytes
         self.dtype = dtype
-        self.golden = golden
-        self.on_publish = on_publish
+        self.probes = probes
+        self.layout = BucketLayout({}, [], 0)
+        self.buckets: Buckets | None = None
         self._make_buckets = make_buckets
-        self._layout = Layout({}, [], 0)
-        self._buckets: Buckets | None = None
         self._before: tuple[list[Logprobs], list[Logprobs]] | None = None
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="publish")
 
     def publish(self, version: int) -> PublishReport:
-        """Pause, send, attest, resume. Raises WeightMismatchError (the engine then serves nothing until a
-        complete later version is published) and what `control` raises."""
+        """Send and attest. The engine must be paused; it may be resumed when this returns.
+
+        Raises WeightMismatchError (the engine then serves nothing until a complete later version is published) and what
+        `control` raises.
+        """
         clock = _Clock()
         with clock("total"):
-            if self._buckets is None:
-                self._layout = lay_out(self.named_tensors(), self.dtype, self.bucket_bytes)
-            try:
-                buckets = self._prepare(version, clock)
-            except Exception:
-                with contextlib.suppress(WeightMismatchError):
-                    deque(self._gathered(), 0)  # the other ranks of a sharded trainer wait in these gathers
-                raise
+            if self.buckets is None:
+                self.layout = lay_out(self.named_tensors(), self.dtype, self.bucket_bytes)
+            buckets = self._prepare(version, clock)
             try:
                 with clock("transfer"):
                     expected = self._send(buckets, clock)
                 with clock("finish"):
-                    reports = self._phase("finish", {})["reports"]
+                    reports = self._update(Finish()).reports
             except BaseException:
                 self._detach()  # a transport may be stuck in the middle, and the engine's plan may be what is wrong
                 raise
             with clock("attest"):
                 gap = self._attest(expected, reports)
-            with clock("resume"):
-                self.control("resume", {})
         for phase in reports[0]["seconds"]:
             clock.seconds[phase] = max(report["seconds"][phase] for report in reports)
-        changed = sum(r["changed"] for r in reports) / sum(r["elements"] for r in reports)
-        sent = sum(p.count for p in self._layout.pieces) * self.dtype.itemsize
-        return PublishReport(version, clock.seconds, sent, changed, combined(expected.values()), gap)
+        return PublishReport(
+            version=version,
+            seconds=clock.seconds,
+            bytes=sum(part.count for part in self.layout.slices) * self.dtype.itemsize,
+            changed_share=sum(r["changed"] for r in reports) / sum(r["elements"] for r in reports),
+            checksum=combine_checksums(expected.values()),
+            gap=gap,
+        )
 
     def engine_restarted(self) -> None:
         """The engine is a new process: record the plan and attach new buckets at the next publish."""
@@ -117,55 +139,63 @@ class Publisher:
         self._sender.shutdown()
         self._detach()
 
-    def _prepare(self, version: int, clock: _Clock) -> Buckets:
-        """An engine that is paused, attached, and waits for the first bucket of a version."""
-        with clock("pause"):
-            self.control("pause", {"mode": self.on_publish})
-        with clock("init"):
-            buckets = self._buckets or self._attach()
-        self._phase("start", {"version": version})
+    def _prepare(self, version: int, clock: "_Clock") -> Buckets:
+        """An engine that is attached and waits for the first bucket of a version."""
+        try:
+            with clock("init"):
+                buckets = self.buckets or self._attach()
+            self._update(Start(version))
+        except Exception:
+            self._join_gathers()
+            raise
         return buckets
 
-    def _phase(self, phase: str, payload: dict[str, Any]) -> dict[str, Any]:
-        reply: dict[str, Any] = self.control(phase, payload)
-        for report in [reply, *reply["reports"]] if reply["error"] else ():
-            if report.get("refused"):
-                raise WeightMismatchError(**report["refused"])
-        if reply["error"]:
-            raise RuntimeError(f"weight transfer, phase {phase}: {reply['error']}")
+    def _join_gathers(self) -> None:
+        """After a failure: the other ranks of a sharded trainer wait in the gathers of the buckets that follow."""
+        with contextlib.suppress(WeightMismatchError):
+            for _ in self._gathered():
+                pass
+
+    def _update(self, request: UpdateRequest) -> UpdateReply:
+        reply = self.control.update(request)
+        if reply.error:
+            for refused in (reply.refused, *(report.get("refused") for report in reply.reports)):
+                if refused:
+                    raise WeightMismatchError(**refused)
+            raise RuntimeError(f"weight update, {type(request).__name__.lower()}: {reply.error}")
         return reply
 
     def _attach(self) -> Buckets:
-        buckets = self._make_buckets(self._layout.size)
+        buckets = self._make_buckets(self.layout.size)
         dtype = str(self.dtype).removeprefix("torch.")
-        manifest = [(name, dtype, list(shape)) for name, shape in self._layout.shapes.items()]
-        layout = [(p.label, p.name, p.start, p.count, p.bucket, p.offset) for p in self._layout.pieces]
+        manifest = [TensorEntry(name, dtype, list(shape)) for name, shape in self.layout.shapes.items()]
+        description = {"transport": buckets.transport, **buckets.describe()}
         try:
-            self._phase("init", {"manifest": manifest, "layout": layout, "buffers": buckets.describe()})
+            self._update(Init(manifest, self.layout.slices, description))
         except BaseException:
             buckets.close()
             raise
-        self._buckets = buckets
+        self.buckets = buckets
         return buckets
 
     def _detach(self) -> None:
-        if self._buckets is not None:
-            self._buckets.close()
-        self._buckets = None
+        if self.buckets is not None:
+            self.buckets.close()
+        self.buckets = None
 
-    def _send(self, buckets: Buckets, clock: _Clock) -> dict[str, int]:
+    def _send(self, buckets: Buckets, clock: "_Clock") -> dict[str, int]:
         """Pack a bucket while the engine takes the one before. Returns checksums by label.
 
-        After a failure the gathers go on, without sending: other ranks of a sharded trainer wait in them.
+        After a failure the gathers continue, without sending: other ranks of a sharded trainer wait in them.
         """
         expected: dict[str, int] = {}
         under_way: deque[Future[Any]] = deque()
         failure: Exception | None = None
         try:
-            for pieces in self._gathered():
+            for slices in self._gathered():
                 try:
                     if failure is None:
-                        self._send_bucket(buckets, pieces, expected, under_way, clock)
+                        expected |= self._send_bucket(buckets, slices, under_way, clock)
                 except Exception as error:
                     failure = error
         finally:
@@ -177,43 +207,37 @@ class Publisher:
         return expected
 
     def _send_bucket(
-        self,
-        buckets: Buckets,
-        pieces: list[tuple[Piece, torch.Tensor]],
-        expected: dict[str, int],
-        under_way: deque[Future[Any]],
-        clock: _Clock,
-    ) -> None:
+        self, buckets: Buckets, slices: list[FilledSlice], under_way: deque[Future[Any]], clock: "_Clock"
+    ) -> dict[str, int]:
+        """Checksums by label of a bucket that was filled and announced; at most two are under way."""
         if len(under_way) == 2:
             under_way.popleft().result()
-        number = pieces[0][0].bucket
-        index = number % len(buckets.views)
+        last, _ = slices[-1]
+        index = last.bucket % len(buckets.views)
         buckets.wait(index)
         with clock("pack"):
-            sums = self._pack(buckets.views[index], pieces)
-        last = pieces[-1][0]
+            checksums = self._pack(buckets.views[index], slices)
         length = last.offset + last.count * self.dtype.itemsize
         buckets.send(index, length)
-        expected.update(sums)
-        payload = {"bucket": number, "length": length, "checksums": sums}
-        under_way.append(self._sender.submit(self._phase, "bucket", payload))
+        under_way.append(self._sender.submit(self._update, Bucket(last.bucket, length, checksums)))
+        return checksums
 
-    def _gathered(self) -> Iterator[list[tuple[Piece, torch.Tensor]]]:
-        """Pieces with their elements, bucket by bucket. WeightMismatchError if a tensor is missing, new or reshaped."""
-        offered = distinct(self.named_tensors())
+    def _gathered(self) -> Iterator[list[FilledSlice]]:
+        """Slices with their elements, bucket by bucket. WeightMismatchError if a tensor is missing, new or reshaped."""
+        offered = skip_tied(self.named_tensors())
         name, tensor = "", torch.empty(0)
-        for pieces in self._layout.buckets():
+        for slices in self.layout.buckets():
             bucket = []
-            for piece in pieces:
-                if piece.name != name:
-                    name, tensor = self._next(offered, piece.name)
-                bucket.append((piece, elements(tensor, piece.start, piece.count)))
+            for part in slices:
+                if part.name != name:
+                    name, tensor = self._next(offered, part.name)
+                bucket.append((part, flat_slice(tensor, part.start, part.count)))
             yield bucket
         for name, tensor in offered:
             raise WeightMismatchError(name, "no tensor of this name", f"one of shape {list(tensor.shape)}")
 
     def _next(self, offered: Iterator[tuple[str, torch.Tensor]], expected: str) -> tuple[str, torch.Tensor]:
-        shape = list(self._layout.shapes[expected])
+        shape = list(self.layout.shapes[expected])
         name, tensor = next(offered, ("nothing", torch.empty(0)))
         if name != expected:
             raise WeightMismatchError(expected, f"a tensor of shape {shape}", f"{name} in its place")
@@ -221,40 +245,54 @@ class Publisher:
             raise WeightMismatchError(name, f"shape {shape}", f"shape {list(tensor.shape)}")
         return name, tensor
 
-    def _pack(self, view: torch.Tensor, pieces: list[tuple[Piece, torch.Tensor]]) -> dict[str, int]:
+    def _pack(self, view: torch.Tensor, slices: list[FilledSlice]) -> dict[str, int]:
         """Cast (round to nearest even) into the bucket. Returns checksums by label. Refuses what is not finite."""
-        places = [view[p.offset : p.offset + p.count * self.dtype.itemsize].view(self.dtype) for p, _ in pieces]
-        digests = pack_all([source.to(view.device) for _, source in pieces], places)
+        size = self.dtype.itemsize
+        places = [view[part.offset : part.offset + part.count * size].view(self.dtype) for part, _ in slices]
+        digests = pack_all([source.to(view.device) for _, source in slices], places)
         values = digests.cpu().to(torch.int64) & 0xFFFFFFFF  # waits for the device
-        sums = {}
-        for (piece, _), (low, high, infinite) in zip(pieces, values.tolist(), strict=True):
-            if infinite:
-                raise WeightMismatchError(piece.name, f"finite values of {self.dtype}", f"{infinite} that are not")
-            sums[piece.label] = low | high << 32
-        return sums
+        checksums = {}
+        for (part, _), (low, high, nonfinite) in zip(slices, values.tolist(), strict=True):
+            if nonfinite:
+                raise WeightMismatchError(part.name, f"finite values of {self.dtype}", f"{nonfinite} that are not")
+            checksums[part.label] = low | high << 32
+        return checksums
 
-    def _attest(self, expected: dict[str, int], reports: list[dict[str, Any]]) -> Gap | None:
-        gap = None
+    def _attest(self, expected: dict[str, int], reports: list[dict[str, Any]]) -> LogprobGap | None:
         try:
             check_checksums(expected, reports)
-            if self.golden:
-                scores = self._sender.submit(self._score, self.golden.prompts)
-                with _half_of_the_cores():
-                    trainer = self.golden.trainer_logprobs(self.golden.prompts)
-                engine = scores.result()
-                if any(report["changed"] for report in reports):  # small steps of float32 may round away in bfloat16
-                    check_staleness(self.golden.tolerance, engine, trainer, self._before)
-                gap = check_golden(self.golden.tolerance, engine, trainer)
-                self._before = engine, trainer
+            gap = self._check_probes(self.probes, reports) if self.probes else None
         except WeightMismatchError:
-            self._phase("attest", {"accepted": False})
+            self._update(Attest(accepted=False))
             raise
-        self._phase("attest", {"accepted": True})
+        self._update(Attest(accepted=True))
+        return gap
+
+    def _check_probes(self, probes: ProbePrompts, reports: list[dict[str, Any]]) -> LogprobGap:
+        scores = self._sender.submit(self._score, probes.token_ids)
+        with _half_of_the_cores():
+            trainer = probes.trainer_logprobs(probes.token_ids)
+        engine = scores.result()
+        if any(report["changed"] for report in reports):  # small steps of float32 may round away in bfloat16
+            check_staleness(probes.tolerance, engine, trainer, self._before)
+        gap = check_probes(probes.tolerance, engine, trainer)
+        self._before = engine, trainer
         return gap
 
     def _score(self, prompts: Sequence[Sequence[int]]) -> list[Logprobs]:
         """One after another: what is batched together may round differently from publish to publish."""
-        return [self.control("score", {"token_ids": list(p)}) for p in prompts]
+        return [self.control.score(list(token_ids)) for token_ids in prompts]
+
+
+def publish_paused(publisher: Publisher, version: int, mode: str = "drain") -> PublishReport:
+    """Pause the engine, publish, resume. For trainers without a scheduler; mode: see EngineControl.pause.
+
+    After a WeightMismatchError the engine stays paused: publish a complete later version.
+    """
+    publisher.control.pause(mode)
+    report = publisher.publish(version)
+    publisher.control.resume()
+    return report
 
 
 @contextlib.contextmanager

@@ -1,57 +1,85 @@
-"""Control of a stock vLLM server that loaded our plugin (docs/weights.md says how to start one).
+"""EngineControl of a stock vLLM server that loaded our plugin (docs/weights.md says how to start one).
 
 Its endpoints for updates exist with VLLM_SERVER_DEV_MODE=1 only, and must never listen beyond this host.
 """
 
-from __future__ import annotations
-
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from oapl_engine.weights.control import Attest, Bucket, Finish, Init, Inspect, Start, UpdateReply, UpdateRequest
+
+# vLLM's own names; unlike our engine process, the server itself keeps requests over a pause.
 PAUSE_MODES = {"drain": "wait", "abort": "abort", "keep": "keep"}
 
 
-def stock_server_control(url: str, timeout_seconds: float = 600.0) -> Callable[[str, dict[str, Any]], Any]:
-    """A Publisher's `control` for the server at url (http://127.0.0.1:8000), without golden prompts. Raises OSError
-    when the server is gone; a server whose trainer died in mid-update waits, paused, for the next publish."""
-    version = 0
+class StockServer:
+    """The server at url (http://127.0.0.1:8000), without probe prompts.
 
-    def post(path: str, body: dict[str, Any]) -> Any:
-        request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=timeout_seconds) as reply:
-            return json.loads(reply.read() or b"null")
+    Raises OSError when the server is gone; a server whose trainer died in the middle of an update waits, paused, for
+    the next publish.
+    """
 
-    def call(phase: str, payload: dict[str, Any]) -> None:
-        nonlocal version
-        if phase == "init":
-            post("/init_weight_transfer_engine", {"init_info": payload})
-        elif phase == "start":
-            version = payload["version"]
-            post("/collective_rpc", {"method": "abandon_weight_update"})
-            post("/start_weight_update", {})
-        elif phase == "bucket":
-            post("/update_weights", {"update_info": payload})
-        elif phase == "finish":
-            post("/finish_weight_update", {"weight_version": str(version)})
-        elif phase not in ("attest", "inspect"):
-            raise ValueError(f"phase is {phase!r}; a stock server knows init, start, bucket, finish, attest, inspect")
+    def __init__(self, url: str, timeout_seconds: float = 600.0) -> None:
+        self.url = url
+        self.timeout_seconds = timeout_seconds
+        self.version = -1
 
-    def control(phase: str, payload: dict[str, Any]) -> Any:
-        if phase == "pause":
-            return post(f"/pause?mode={PAUSE_MODES[payload['mode']]}", {})
-        if phase == "resume":
-            return post("/resume", {})
-        error, reports = None, []
+    def pause(self, mode: str) -> None:
+        self._post(f"/pause?mode={PAUSE_MODES[mode]}")
+
+    def resume(self) -> None:
+        self._post("/resume")
+
+    def score(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        raise NotImplementedError("a paused stock server does not score: publish to it without probe prompts")
+
+    def update(self, request: UpdateRequest) -> UpdateReply:
+        error = None
         try:
-            call(phase, payload)
+            self._carry_out(request)
         except urllib.error.HTTPError as refusal:
             error = refusal.read().decode()
-        if error or phase in ("finish", "inspect"):
-            method = "parameter_checksums" if phase == "inspect" else "weight_report"
-            reports = post("/collective_rpc", {"method": method})["results"]
-        return {"error": error, "reports": reports}
+        reports: list[dict[str, Any]] = []
+        if isinstance(request, Inspect):
+            reports = self._collective("parameter_checksums")
+        elif error or isinstance(request, Finish):
+            reports = self._collective("weight_report")
+        return UpdateReply(version=self.version, error=error, reports=reports)
 
-    return control
+    def _carry_out(self, request: UpdateRequest) -> None:
+        match request:
+            case Init():
+                self._post("/init_weight_transfer_engine", {"init_info": _fields(request)})
+            case Start(version):
+                self.version = version
+                self._collective("abandon_weight_update")
+                self._post("/start_weight_update")
+            case Bucket():
+                self._post("/update_weights", {"update_info": _fields(request)})
+            case Finish():
+                self._post("/finish_weight_update", {"weight_version": str(self.version)})
+            case Attest() | Inspect():
+                pass  # the server has no gate of its own
+
+    def _collective(self, method: str) -> list[dict[str, Any]]:
+        reply: dict[str, Any] = self._post("/collective_rpc", {"method": method})
+        return reply["results"]  # type: ignore[no-any-return]
+
+    def _post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        content = json.dumps(body or {}).encode()
+        request = urllib.request.Request(self.url + path, content, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=self.timeout_seconds) as reply:
+            return json.loads(reply.read() or b"null")
+
+
+def _fields(request: UpdateRequest) -> dict[str, Any]:
+    """A request's fields as plain JSON, without its tag."""
+    fields: dict[str, Any] = msgspec.to_builtins(request)
+    return {name: value for name, value in fields.items() if name != "type"}

@@ -1,3 +1,5 @@
+"""CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5)."""
+
 import torch
 from torch import Tensor
 
@@ -15,4 +17,4 @@ def cispo(clip_low: float = 1.0, clip_high: float = 4.0) -> Objective:
         weight = torch.exp((logprob - inputs.behavior_logprob).detach()).clamp(low, high)
         return inputs.token_loss(-weight * inputs.per_token(inputs.advantage) * logprob, mean_per_sequence=False)
 
-    return Objective("cispo", "token", fn)
+    return Objective("cispo", "token", fn, normalizer="tokens")

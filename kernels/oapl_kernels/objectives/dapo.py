@@ -1,3 +1,5 @@
+"""DAPO (arXiv 2503.14476, eq. 8 and 13)."""
+
 from dataclasses import replace
 
 from torch import Tensor
@@ -9,9 +11,9 @@ from .objective import Objective
 def dapo(clip_low: float = 0.2, clip_high: float = 0.28) -> Objective:
     """DAPO (arXiv 2503.14476, eq. 8): clip-higher and the mean over all tokens of the step.
 
-    Normaliser: trained tokens of the whole optimizer step. Advantages: `grpo_advantage`.
+    Normaliser: trained tokens of the complete optimizer step. Advantages: `grpo_advantage`.
     """
-    return replace(grpo(clip_low, clip_high, mean_per_sequence=False), name="dapo")
+    return replace(grpo(clip_low, clip_high, mean_per_sequence=False), name="dapo", normalizer="tokens")
 
 
 def soft_overlong_penalty(response_tokens: Tensor, max_tokens: int, buffer_tokens: int) -> Tensor:

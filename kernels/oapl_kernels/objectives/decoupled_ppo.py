@@ -1,3 +1,5 @@
+"""Decoupled PPO (arXiv 2110.00641; AReaL, arXiv 2505.24298, eq. 5)."""
+
 import torch
 from torch import Tensor
 
@@ -17,4 +19,4 @@ def decoupled_ppo(clip_low: float = 0.2, clip_high: float = 0.2, mean_per_sequen
         gain = weight * clipped_surrogate(torch.exp(logprob - proximal), advantage, clip_low, clip_high)
         return inputs.token_loss(-gain, mean_per_sequence)
 
-    return Objective("decoupled_ppo", "token", fn)
+    return Objective("decoupled_ppo", "token", fn, needs=("proximal_logprob",))

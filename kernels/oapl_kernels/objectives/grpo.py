@@ -1,3 +1,5 @@
+"""GRPO (arXiv 2402.03300, eq. 3) and the clipped surrogate of PPO (arXiv 1707.06347, eq. 7)."""
+
 import torch
 from torch import Tensor
 

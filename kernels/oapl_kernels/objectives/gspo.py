@@ -1,3 +1,5 @@
+"""GSPO (arXiv 2507.18071, eq. 5 and 7)."""
+
 import torch
 from torch import Tensor
 

@@ -1,3 +1,5 @@
+"""OAPL (arXiv 2602.19362): a squared residual of the sequence log-ratio against the advantage."""
+
 from torch import Tensor
 
 from .objective import Objective, PolicyInputs, positive
@@ -14,4 +16,4 @@ def oapl(beta2: float) -> Objective:
         log_ratio = inputs.per_sequence(logprob - inputs.behavior_logprob)
         return (beta2 * log_ratio - inputs.advantage).square().sum()
 
-    return Objective("oapl", "sequence", fn)
+    return Objective("oapl", "sequence", fn, baseline="value", log_ratio_weight=beta2)

@@ -1,4 +1,4 @@
-"""What a policy-gradient objective is: a summed loss on the log-probs of whole sequences."""
+"""What a policy-gradient objective is: a summed loss on the log-probs of complete sequences, and what it needs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,10 +11,10 @@ from ..sequence import sequence_sum
 
 @dataclass(frozen=True)
 class PolicyInputs:
-    """What an objective sees beside the log-probs: T packed tokens, N sequences.
+    """What an objective sees next to the log-probs: T packed tokens, N sequences.
 
     behavior_logprob [T]   log-probs of the policy that generated the tokens (0 where mask is 0)
-    advantage [N]          one advantage a sequence
+    advantage [N]          one advantage per sequence
     proximal_logprob [T]   log-probs at the start of the optimizer step (decoupled PPO, TIS)
     reference_logprob [T]  log-probs of a frozen reference (KL penalty)
     mask [T]               nonzero where a token is trained; None means everywhere
@@ -75,27 +75,46 @@ class PolicyInputs:
         return replace(self, cu_seqlens=cu_seqlens, **kept)
 
 
+ALLOWED = {
+    "scope": ("token", "sequence"),
+    "baseline": ("value", "mean", "zscore"),
+    "normalizer": ("sequences", "tokens", "constant"),
+}
 LossFunction = Callable[[Tensor, PolicyInputs], Tensor]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss on log-probs: `fn(logprob [t], inputs) -> ()`, summed over whole sequences, not yet normalised.
+    """A loss on log-probs, and what a trainer must know to use it.
 
-    scope "token": the sum separates over tokens (the derivative at a token depends on that token's log-prob
-    alone, apart from the inputs), so the gradient is known as soon as the token is.
-    scope "sequence": the derivative is one scalar for all trained tokens of a sequence, known at its end.
-    token_fn: an optional token-separable term added to fn, for instance a KL penalty on a sequence objective.
+    name              for messages
+    scope             "token": the loss separates over tokens (the derivative at a token depends on that token's
+                      log-prob alone, apart from the inputs), so the gradient is known as soon as the token is.
+                      "sequence": the derivative is one scalar for all trained tokens of a sequence, known at its end
+    fn                (logprob [t], inputs) -> (), summed over complete sequences, not yet normalised
+    token_fn          a token-separable term added to fn, for instance a KL penalty on a sequence objective
+    baseline          what is taken from a reward to make its advantage: "value" (V of OAPL, `group_advantage`),
+                      "mean" of the group, "zscore" (mean, and divided by the standard deviation, `grpo_advantage`)
+    normalizer        what the summed loss is divided by: "sequences" N, trained "tokens", or "constant" (N times one
+                      length)
+    needs             optional fields of PolicyInputs that must be filled in, for instance ("proximal_logprob",)
+    log_ratio_weight  beta2 of a squared residual (beta2 * log-ratio - A)^2; None for any other loss
     """
 
     name: str
     scope: str
     fn: LossFunction
     token_fn: LossFunction | None = None
+    baseline: str = "zscore"
+    normalizer: str = "sequences"
+    needs: tuple[str, ...] = ()
+    log_ratio_weight: float | None = None
 
     def __post_init__(self) -> None:
-        if self.scope not in ("token", "sequence"):
-            raise ValueError(f"scope of objective {self.name!r} is {self.scope!r}; allowed: 'token', 'sequence'")
+        for field, allowed in ALLOWED.items():
+            value = getattr(self, field)
+            if value not in allowed:
+                raise ValueError(f"{field} of objective {self.name!r} is {value!r}; allowed: {', '.join(allowed)}")
 
 
 def require(name: str, values: Tensor | None, objective: str) -> Tensor:

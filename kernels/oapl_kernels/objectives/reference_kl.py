@@ -1,3 +1,5 @@
+"""A KL penalty to a frozen reference, added to any objective."""
+
 from dataclasses import replace
 
 import torch
@@ -18,4 +20,5 @@ def with_reference_kl(objective: Objective, coefficient: float, mean_per_sequenc
         difference = require("reference_logprob", inputs.reference_logprob, "reference_kl") - logprob
         return coefficient * inputs.token_loss(torch.expm1(difference) - difference, mean_per_sequence)
 
-    return replace(objective, name=f"{objective.name}+reference_kl", token_fn=token_fn)
+    needs = (*objective.needs, "reference_logprob")
+    return replace(objective, name=f"{objective.name}+reference_kl", token_fn=token_fn, needs=needs)

@@ -1,3 +1,5 @@
+"""Truncated importance sampling (Yao et al. 2025; truncation: Ionides 2008)."""
+
 import torch
 from torch import Tensor
 

@@ -1,3 +1,5 @@
+"""Tapered off-policy REINFORCE (arXiv 2503.14286, eq. 7)."""
+
 import torch
 from torch import Tensor
 
@@ -13,4 +15,4 @@ def topr() -> Objective:
         weight = torch.where(inputs.advantage >= 0, 1.0, torch.exp(log_ratio.clamp_max(0)))
         return -(weight * inputs.advantage * inputs.per_sequence(logprob)).sum()
 
-    return Objective("topr", "sequence", fn)
+    return Objective("topr", "sequence", fn, baseline="mean")

@@ -15,7 +15,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # 
 MOVED = 32  # entries of the plain product; an answer that follows the weight cannot stay the same bit for bit then
 
 
-class LayerProbe:
+class LayerCheck:
     """Unquantised linear layers and heads of a model: those that are plain, and the answers of the others to fixed
     inputs, remembered between versions."""
 
@@ -48,7 +48,7 @@ class LayerProbe:
 
     @staticmethod
     def _plain(layer: torch.nn.Module) -> bool:
-        """Whether vLLM's CPU layer calls torch's own product (see live.py)."""
+        """Whether vLLM's CPU layer calls torch's own product (see cpu_layers.py)."""
         return getattr(layer, "cpu_linear", None) is F.linear
 
     def _ask(self, layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

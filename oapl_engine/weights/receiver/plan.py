@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from oapl_engine.weights.control import TensorEntry
+
 aten = torch.ops.aten
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,26 +31,34 @@ class PlanError(ValueError):
 
 
 @dataclass(frozen=True)
-class Region:
-    """Elements of a tensor's storage: offset, shape, stride in elements."""
+class StridedView:
+    """Elements of a tensor's storage.
+
+    name:                   of the tensor
+    offset, shape, stride:  in elements
+    """
 
     name: str
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.as_strided(tensor, self.shape, self.stride, self.offset)
 
-    def rows(self, dim: int, start: int, stop: int) -> Region:
+    def rows(self, dim: int, start: int, stop: int) -> StridedView:
         """Narrowed in one dimension."""
         shape = (*self.shape[:dim], stop - start, *self.shape[dim + 1 :])
-        return Region(self.name, self.offset + start * self.stride[dim], shape, self.stride)
+        return StridedView(self.name, self.offset + start * self.stride[dim], shape, self.stride)
 
 
-def cut(live: Region, source: Region, start: int, stop: int) -> Iterator[tuple[Region, Region]]:
-    """The parts of a copy whose source elements lie in [start, stop): rows of the dimension with the longest stride,
-    and what of the two rows at the ends."""
+def restrict(live: StridedView, source: StridedView, start: int, stop: int) -> Iterator[tuple[StridedView, StridedView]]:
+    """The parts of a copy whose source elements are in [start, stop): rows of the dimension with the longest stride, and
+    what is inside of the two rows at the ends.
+
+    Example: a [4, 10] tensor, row-major, restricted to elements [12, 35): rows 2 (20…29), the end of row 1 (12…19) and
+    the beginning of row 3 (30…34).
+    """
     last = source.offset + sum((n - 1) * s for n, s in zip(source.shape, source.stride, strict=True))
     if start <= source.offset and last < stop:
         yield live, source
@@ -63,20 +73,24 @@ def cut(live: Region, source: Region, start: int, stop: int) -> Iterator[tuple[R
         end = min((stop - 1 - inner - source.offset) // step + 1, count)
         for a, b in sorted({(first - 1, first), (first, max(first, end)), (max(first, end), max(first, end) + 1)}):
             if 0 <= a < b <= count:
-                yield from cut(live.rows(dim, a, b), source.rows(dim, a, b), start, stop)
+                yield from restrict(live.rows(dim, a, b), source.rows(dim, a, b), start, stop)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """copies: trainer tensor → [(live region, region of the trainer tensor)]; padding: (live region, constant)."""
+    """What a publish does.
 
-    copies: dict[str, list[tuple[Region, Region]]]
-    padding: list[tuple[Region, float]]
+    copies:   trainer tensor to its (live view, view of the trainer tensor) pairs
+    padding:  (live view, constant)
+    """
+
+    copies: dict[str, list[tuple[StridedView, StridedView]]]
+    padding: list[tuple[StridedView, float]]
 
 
-def record(model: torch.nn.Module, manifest: Iterable[tuple[str, str, list[int]]], unused: Iterable[str] = ()) -> Plan:
-    """The plan for a manifest of (name, dtype, shape). Raises PlanError unless every element of every live parameter is
-    written exactly once (or is padding) and every tensor is used, or listed in `unused`."""
+def record(model: torch.nn.Module, manifest: Iterable[TensorEntry]) -> Plan:
+    """The plan for the tensors of a manifest. Raises PlanError unless every element of every live parameter is written
+    exactly once (or is padding) and every tensor is used."""
     live = live_parameters(model)
     recorder = Recorder(live)
     with torch.no_grad(), recorder:
@@ -88,8 +102,8 @@ def record(model: torch.nn.Module, manifest: Iterable[tuple[str, str, list[int]]
             raise PlanError(recorder.current, "a tensor that load_weights takes", f"{error!r}") from error
     _check_coverage(live, recorder)
     for name in recorder.sources.values():
-        if name not in recorder.copies and name not in set(unused):
-            raise PlanError(name, "to be used by load_weights, or listed as unused", "no copy of it")
+        if name not in recorder.copies:
+            raise PlanError(name, "to be used by load_weights", "no copy of it")
     return Plan(dict(recorder.copies), recorder.padding)
 
 
@@ -109,13 +123,13 @@ class Recorder(TorchDispatchMode):
     def __init__(self, live: dict[int, tuple[str, torch.Tensor]]) -> None:
         super().__init__()
         self.live = live
-        self.copies: dict[str, list[tuple[Region, Region]]] = defaultdict(list)
-        self.padding: list[tuple[Region, float]] = []
+        self.copies: dict[str, list[tuple[StridedView, StridedView]]] = defaultdict(list)
+        self.padding: list[tuple[StridedView, float]] = []
         self.sources: dict[int, str] = {}
         self.current = "(nothing yet)"
         self._kept: list[torch.Tensor] = []
 
-    def feed(self, manifest: Iterable[tuple[str, str, list[int]]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def feed(self, manifest: Iterable[TensorEntry]) -> Iterator[tuple[str, torch.Tensor]]:
         """Meta tensors of the manifest; kept, so that no two share a storage id."""
         for name, dtype, shape in manifest:
             tensor = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
@@ -128,7 +142,7 @@ class Recorder(TorchDispatchMode):
         if target is None:
             return func(*args, **(kwargs or {}))
         name = self.live[target.untyped_storage()._cdata][0]
-        region = Region(name, target.storage_offset(), tuple(target.shape), tuple(target.stride()))
+        region = StridedView(name, target.storage_offset(), tuple(target.shape), tuple(target.stride()))
         if func is aten.copy_.default:
             self._copy(region, target, args[1])
         elif func in (aten.fill_.Scalar, aten.zero_.default):
@@ -146,19 +160,19 @@ class Recorder(TorchDispatchMode):
                 return value
         return None
 
-    def _copy(self, region: Region, target: torch.Tensor, source: torch.Tensor) -> None:
+    def _copy(self, region: StridedView, target: torch.Tensor, source: torch.Tensor) -> None:
         name = self.sources.get(source.untyped_storage()._cdata)
         if name is None:
             raise PlanError(self.current, "to reach the model unchanged", f"a computed tensor written to {region.name}")
         if source.dtype != target.dtype:
             raise PlanError(name, f"dtype {target.dtype} as in the engine", str(source.dtype))
         source = source.expand(target.shape)
-        origin = Region(name, source.storage_offset(), tuple(source.shape), tuple(source.stride()))
+        origin = StridedView(name, source.storage_offset(), tuple(source.shape), tuple(source.stride()))
         self.copies[name].append((region, origin))
 
 
 def _check_coverage(live: dict[int, tuple[str, torch.Tensor]], recorder: Recorder) -> None:
-    written: dict[str, list[Region]] = defaultdict(list)
+    written: dict[str, list[StridedView]] = defaultdict(list)
     for pairs in recorder.copies.values():
         for region, _ in pairs:
             written[region.name].append(region)
@@ -167,7 +181,7 @@ def _check_coverage(live: dict[int, tuple[str, torch.Tensor]], recorder: Recorde
     for name, parameter in live.values():
         counts = torch.zeros(parameter.untyped_storage().nbytes() // parameter.element_size(), dtype=torch.uint8)
         for region in written[name]:
-            region.of(counts).add_(1)
+            region.view(counts).add_(1)
         missing, twice = int((counts == 0).sum()), int((counts > 1).sum())
         if missing or twice:
             raise PlanError(

@@ -11,42 +11,57 @@ from typing import Any
 import torch
 from oapl_kernels.weight_pack import copy_and_count_changes
 
+from oapl_engine.weights.control import BucketSlice, TensorEntry
 from oapl_engine.weights.receiver.checksum import checksums as checksums_of
-from oapl_engine.weights.receiver.inbox import Inbox, open_inbox
-from oapl_engine.weights.receiver.plan import DTYPES, Plan, PlanError, cut, live_parameters, record
+from oapl_engine.weights.receiver.plan import DTYPES, Plan, PlanError, live_parameters, record, restrict
+from oapl_engine.weights.transports import BucketReader, open_reader
 
 INTEGER = {2: torch.int16, 4: torch.int32}  # copies and comparisons are of bits, not of values
 PHASES = ("take", "check", "scatter", "read_back")
 
 
 @dataclass
-class Source:
-    """A piece of a trainer tensor in its bucket, with the live regions that it fills."""
+class SentSlice:
+    """A slice of a trainer tensor in its bucket, and where it goes.
+
+    label, name:  of the BucketSlice
+    sent:         the bytes in the bucket, as integers
+    copies:       (live, in the bucket) integer views
+    """
 
     label: str
     name: str
-    tensor: torch.Tensor
-    pairs: list[tuple[torch.Tensor, torch.Tensor]]  # (live, in the bucket), integer views
+    sent: torch.Tensor
+    copies: list[tuple[torch.Tensor, torch.Tensor]]
 
-    def in_place(self) -> torch.Tensor | None:
-        """The live region, where it is the piece as it was sent; None where it is parts of it."""
-        live, sent = self.pairs[0] if len(self.pairs) == 1 else (self.tensor, self.tensor[:0])
-        return live if sent.is_contiguous() and sent.numel() == self.tensor.numel() else None
+    def live_view(self) -> torch.Tensor | None:
+        """The live elements, where they are the slice exactly as it was sent; None where they are parts of it."""
+        if len(self.copies) != 1:
+            return None
+        live, sent = self.copies[0]
+        return live if sent.is_contiguous() and sent.numel() == self.sent.numel() else None
 
     def read_back(self) -> torch.Tensor:
-        """The piece as the live parameters hold it; where another rank holds a part, that part as it was sent."""
-        if (live := self.in_place()) is not None:
+        """The slice as the live parameters hold it; where another rank holds a part, that part as it was sent."""
+        live = self.live_view()
+        if live is not None:
             return live
-        copy = self.tensor.clone()
-        for live, sent in self.pairs:
-            copy.as_strided(sent.shape, sent.stride(), sent.storage_offset() - self.tensor.storage_offset()).copy_(live)
+        copy = self.sent.clone()
+        for live, sent in self.copies:
+            offset = sent.storage_offset() - self.sent.storage_offset()
+            copy.as_strided(sent.shape, sent.stride(), offset).copy_(live)
         return copy
 
 
 class InPlaceUpdate:
-    """One model that is updated bucket by bucket, in rank `rank` of its engine. stale(): see LayerProbe.stale.
+    """One model that is updated bucket by bucket, in rank `rank` of its engine.
 
-    A refusal raises PlanError and is kept for report(); the state is then "incomplete" until a whole update arrived.
+    state:    of the weights: complete, or incomplete from start() until a complete update has arrived
+    stale:    names a layer that does not compute with its weight (LayerCheck.stale)
+    refused:  {parameter, expected, found} of the last refusal, which also raised PlanError
+
+    The account of an update: checksums of live values by label; changed and elements, counts over this rank's
+    parameters; seconds by phase.
     """
 
     def __init__(self, model: torch.nn.Module, rank: int = 0) -> None:
@@ -55,38 +70,40 @@ class InPlaceUpdate:
         self.refused: dict[str, str] | None = None
         self.stale: Callable[[], str | None] = lambda: None
         self.plan = Plan({}, [])
-        self.inbox: Inbox | None = None
-        self.buckets: dict[int, list[Source]] = {}
+        self.reader: BucketReader | None = None
+        self.buckets: dict[int, list[SentSlice]] = {}
         self.checksums: dict[str, int] = {}
         self.changed = 0
         self.elements = 0
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
-    def init(self, manifest: list[Any], layout: list[Any], buffers: dict[str, Any], unused: list[str]) -> None:
-        """Record the plan and map the buckets. Raises PlanError."""
+    def init(self, manifest: list[Any], layout: list[Any], buffers: dict[str, Any]) -> None:
+        """Record the plan and attach the transport; arguments are the fields of control.Init, as plain lists. PlanError."""
+        entries = [TensorEntry(*entry) for entry in manifest]
         self.close()
         self.refused = None
         try:
-            self.plan = record(self.model, manifest, unused)
+            self.plan = record(self.model, entries)
         except PlanError as error:
             self._refuse(error)
         live = dict(live_parameters(self.model).values())
         self.elements = sum(p.numel() for p in live.values())
-        self.inbox = open_inbox(buffers, self.rank, next(iter(live.values())).device)
-        dtypes = {name: DTYPES[dtype] for name, dtype, _ in manifest}
-        for label, name, start, count, bucket, offset in layout:
-            size = dtypes[name].itemsize
-            buffer = self.inbox.buffers[bucket % len(self.inbox.buffers)]
-            tensor = buffer[offset : offset + count * size].view(INTEGER[size])
-            source = Source(label, name, tensor, self._pairs(name, tensor, start, live))
-            self.buckets.setdefault(bucket, []).append(source)
+        self.reader = open_reader(buffers, self.rank, next(iter(live.values())).device)
+        sizes = {entry.name: DTYPES[entry.dtype].itemsize for entry in entries}
+        for part in (BucketSlice(*fields) for fields in layout):
+            size = sizes[part.name]
+            buffer = self.reader.buffers[part.bucket % len(self.reader.buffers)]
+            sent = buffer[part.offset : part.offset + part.count * size].view(INTEGER[size])
+            copies = self._copies(part, sent, live)
+            self.buckets.setdefault(part.bucket, []).append(SentSlice(part.label, part.name, sent, copies))
 
-    def _pairs(self, name: str, tensor: torch.Tensor, start: int, live: dict[str, Any]) -> list[Any]:
-        base = tensor.storage_offset() - start
+    def _copies(self, part: BucketSlice, sent: torch.Tensor, live: dict[str, Any]) -> list[Any]:
+        """(live, in the bucket) views of what the plan copies from this slice."""
+        base = sent.storage_offset() - part.start
         return [
-            (part.of(live[part.name]).view(tensor.dtype), tensor.as_strided(at.shape, at.stride, base + at.offset))
-            for whole, origin in self.plan.copies.get(name, [])
-            for part, at in cut(whole, origin, start, start + len(tensor))
+            (into.view(live[into.name]).view(sent.dtype), sent.as_strided(at.shape, at.stride, base + at.offset))
+            for target, origin in self.plan.copies.get(part.name, [])
+            for into, at in restrict(target, origin, part.start, part.start + part.count)
         ]
 
     def start(self) -> None:
@@ -97,26 +114,28 @@ class InPlaceUpdate:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         parameters = dict(live_parameters(self.model).values())
         for region, value in self.plan.padding:
-            region.of(parameters[region.name]).fill_(value)
+            region.view(parameters[region.name]).fill_(value)
 
     def receive(self, bucket: int, length: int, checksums: dict[str, int]) -> None:
-        """Check the pieces of a bucket (checksums by label), then scatter them: all of them, or none if one differs."""
-        assert self.inbox is not None
-        sources = [s for s in self.buckets[bucket] if s.label in checksums]
+        """Check the slices of a bucket (checksums by label), then scatter them: all of them, or none if one differs."""
+        if self.reader is None:
+            raise RuntimeError("bucket before init: no transport is attached")
+        slices = [part for part in self.buckets[bucket] if part.label in checksums]
         with self._timed("take"):
-            self.inbox.take(bucket % len(self.inbox.buffers), length)
+            self.reader.wait_for(bucket % len(self.reader.buffers), length)
         with self._timed("check"):
-            for source, found in zip(sources, checksums_of(s.tensor for s in sources), strict=True):
-                if found != (expected := checksums[source.label]):
-                    self._refuse(PlanError(source.name, f"checksum {expected:016x}", f"{found:016x} in the bucket"))
+            for part, found in zip(slices, checksums_of(part.sent for part in slices), strict=True):
+                expected = checksums[part.label]
+                if found != expected:
+                    self._refuse(PlanError(part.name, f"checksum {expected:016x}", f"{found:016x} in the bucket"))
         with self._timed("scatter"):
-            self._scatter([pair for source in sources for pair in source.pairs])
+            self._scatter([copy for part in slices for copy in part.copies])
         with self._timed("read_back"):
-            together = [s for s in sources if s.in_place() is not None]
-            apart = [s for s in sources if s.in_place() is None]  # copies: one at a time in memory
-            for batch in (together, *([s] for s in apart)):
-                found_live = checksums_of(s.read_back() for s in batch)
-                self.checksums |= zip((s.label for s in batch), found_live, strict=True)
+            in_place = [part for part in slices if part.live_view() is not None]
+            copied = [part for part in slices if part.live_view() is None]  # one at a time in memory
+            for batch in (in_place, *([part] for part in copied)):
+                found_live = checksums_of(part.read_back() for part in batch)
+                self.checksums |= zip((part.label for part in batch), found_live, strict=True)
 
     def _scatter(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         flat: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -130,17 +149,16 @@ class InPlaceUpdate:
         self.changed += copy_and_count_changes([sent for sent, _ in flat], [live for _, live in flat])
 
     def finish(self) -> None:
-        for source in (s for sources in self.buckets.values() for s in sources):
-            if source.label not in self.checksums:
-                self._refuse(PlanError(source.name, "to arrive in this update", "nothing"))
+        for part in (part for slices in self.buckets.values() for part in slices):
+            if part.label not in self.checksums:
+                self._refuse(PlanError(part.name, "to arrive in this update", "nothing"))
         stale = self.stale()
         if stale:
             self._refuse(PlanError(stale, "the layer to compute with its new values", "the answers of the old ones"))
         self.state = "complete"
 
     def report(self) -> dict[str, Any]:
-        """state; refused: {parameter, expected, found} or None; checksums of live values by label; changed, elements:
-        counts over this rank's parameters; seconds by phase: all of this update."""
+        """State, refusal and account of this update, as plain JSON."""
         return {
             "state": self.state,
             "refused": self.refused,
@@ -158,9 +176,9 @@ class InPlaceUpdate:
     def close(self) -> None:
         """Let go of the trainer's buckets."""
         self.buckets = {}
-        if self.inbox is not None:
-            self.inbox.close()
-        self.inbox = None
+        if self.reader is not None:
+            self.reader.close()
+        self.reader = None
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

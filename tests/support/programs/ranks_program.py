@@ -13,8 +13,8 @@ from oapl_engine.distributed import Ranks, join_ranks
 from oapl_engine.rollout_log.interchange import Limits, read_rollouts
 from oapl_engine.trainer.objective import make_objective
 from oapl_engine.trainer.optimizer import make_optimizer
-from oapl_engine.trainer.packing import share_items
-from oapl_engine.trainer.policy import load_policy
+from oapl_engine.trainer.packing import share_groups
+from oapl_engine.trainer.loading import load_policy
 from oapl_engine.trainer.selection import exchange_groups, select_rollouts
 from oapl_engine.trainer.step import accumulate_gradients, sum_gradients, train_step
 
@@ -39,7 +39,7 @@ def main(model, rollouts, out, groups="8", *switches):
     for step in range(STEPS):
         chosen = [g.id for g in file[step * int(groups) % 32 :][: int(groups)]]
         data = select_rollouts(exchange_groups(ranks, [g for g in own if g.id in chosen], chosen), section, 8)
-        share = share_items(data.items, ranks)
+        share = share_groups(data.items, ranks)
         batches = policy.batches(share, 256, True)
         objective = make_objective(section, data.beta2)
         if step == 0:

@@ -16,8 +16,9 @@ from transformers import (
 )
 
 from oapl_engine.samples import Group, Prompt, Rollout, Span
-from oapl_engine.trainer.packing import Item
-from oapl_engine.trainer.policy import Policy, choose_packing_mode
+from oapl_engine.trainer.packing import TrainGroup
+from oapl_engine.trainer.loading import choose_packing_mode
+from oapl_engine.trainer.policy import Policy
 
 VOCABULARY = 97
 SIZES = {
@@ -144,7 +145,7 @@ def groups():
 
     def items(made):
         rng = np.random.default_rng(7)
-        return [Item(g.rollouts, rng.normal(size=len(g.rollouts)).astype(np.float32)) for g in made]
+        return [TrainGroup(g.rollouts, rng.normal(size=len(g.rollouts)).astype(np.float32)) for g in made]
 
     def make_ragged(turns=False):
         return [make_group(*spec, turns=turns) for spec in ragged]

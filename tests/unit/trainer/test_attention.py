@@ -5,7 +5,7 @@ import torch
 
 from oapl_engine.samples import PromptSpan
 from oapl_engine.trainer.attention import (
-    How,
+    AttentionOptions,
     _varlen,
     attention_kernel,
     plan_attention,
@@ -73,9 +73,9 @@ def test_forms_against_dense_mask(form, window, softcap):
     upstream = torch.randn(1, ROWS, 4, 8, dtype=torch.float64)
     expected = torch.autograd.grad((dense(*inputs, window, softcap) * upstream).sum(), inputs)
     if form == "segments":
-        out = segment_attention(*inputs, plan, How(0.3, window, softcap))
+        out = segment_attention(*inputs, plan, AttentionOptions(0.3, window, softcap))
     else:
-        out = varlen_attention(*(x[0] for x in inputs), plan, plain_varlen, How(0.3, window, softcap))[None]
+        out = varlen_attention(*(x[0] for x in inputs), plan, plain_varlen, AttentionOptions(0.3, window, softcap))[None]
     torch.testing.assert_close(out, dense(*inputs, window, softcap), atol=1e-12, rtol=1e-12)
     for found, wanted in zip(torch.autograd.grad((out * upstream).sum(), inputs), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-11, rtol=1e-11)
@@ -85,11 +85,11 @@ def test_forms_against_dense_mask(form, window, softcap):
 def test_varlen_kernel_on_a_gpu():
     """torch's varlen flash kernel in bf16 is as far from float64 as SDPA in bf16 is, within a factor of two."""
     device = torch.device("cuda")
-    exact = segment_attention(*tensors(), plan_attention(SPANS, CPU), How(0.3))
+    exact = segment_attention(*tensors(), plan_attention(SPANS, CPU), AttentionOptions(0.3))
     inputs = [x.detach().to(device, torch.bfloat16) for x in tensors()]
     plan = plan_attention(SPANS, device, "varlen")
-    found = varlen_attention(*(x[0] for x in inputs), plan, _varlen, How(0.3))[None].cpu()
-    peer = segment_attention(*inputs, plan, How(0.3)).cpu()
+    found = varlen_attention(*(x[0] for x in inputs), plan, _varlen, AttentionOptions(0.3))[None].cpu()
+    peer = segment_attention(*inputs, plan, AttentionOptions(0.3)).cpu()
     assert (found - exact).abs().max() <= 2 * (peer - exact).abs().max()
 
 

@@ -14,7 +14,7 @@ from oapl_engine import config
 from oapl_engine.trainer import attention
 from oapl_engine.trainer.objective import make_objective
 from oapl_engine.trainer.packing import pack
-from oapl_engine.trainer.policy import _prepare_training
+from oapl_engine.trainer.loading import _prepare_training
 from oapl_engine.trainer.score import fill_logprobs, score
 from oapl_engine.trainer.step import accumulate_gradients
 
@@ -44,7 +44,7 @@ def largest(a, b):
 def test_float32(name, share, make_policy, groups, gold, relative, figure):
     """Ragged, several turns, two micro-batches or more: log-probs within 1e-4 and gradients within 5e-6 of gold."""
     policy, items = make_policy(name), groups.items(groups.ragged(turns=True))
-    assert policy.layout.share
+    assert policy.packing_mode.share
     logprob, gradients = ours(policy, pack(items, 400, share), 14, 0.7)
     expected, exact = gold(policy.model, items, squared(14), 0.7)
     figure("logprob", largest(logprob, expected))

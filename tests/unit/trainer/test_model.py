@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GptO
 from oapl_engine import config
 from oapl_engine.errors import ConfigError
 from oapl_engine.trainer.packing import pack
-from oapl_engine.trainer.packing_mode import LAYOUTS
-from oapl_engine.trainer.policy import Policy, choose_packing_mode, load_policy
+from oapl_engine.trainer.packing_mode import PACKING_MODES
+from oapl_engine.trainer.loading import choose_packing_mode, load_policy
+from oapl_engine.trainer.policy import Policy
 from oapl_engine.trainer.score import score
 from oapl_engine.trainer.step import accumulate_gradients
 
@@ -27,7 +28,7 @@ def load(path, model=None, **train):
 
 def test_loads(model_folder):
     policy = load(model_folder(), precision="float32")
-    assert policy.layout == LAYOUTS[0]
+    assert policy.packing_mode == PACKING_MODES[0]
     assert policy.matmul_dtype == torch.float32
     assert policy.vocabulary == 97
     assert all(p.dtype == torch.float32 and p.requires_grad for p in policy.trainable().values())
@@ -144,11 +145,11 @@ def test_short_convolutions_go_alone(named, groups, caplog, monkeypatch):
     One at a time the model is trained as it is: log-probs equal its own.
     """
     if not named:
-        monkeypatch.setattr("oapl_engine.trainer.policy.layout_rule", lambda _: None)
+        monkeypatch.setattr("oapl_engine.trainer.policy.packing_rule", lambda _: None)
     policy = small(Lfm2Config, layer_types=["conv", "full_attention"])
     with caplog.at_level(logging.WARNING):
         choose_packing_mode(policy)
-    assert (policy.layout.share, policy.layout.together) == (False, False)
+    assert (policy.packing_mode.share, policy.packing_mode.together) == (False, False)
     assert ("conv layers read other rows" if named else "packed log-probs are off by") in caplog.text
     items = groups.items([groups.make(0, 9, [5, 7])])
     batches = policy.batches(items, 1000, True)
@@ -167,7 +168,7 @@ def test_attention_sinks_are_noticed(caplog):
     policy = small(GptOssConfig, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
     with caplog.at_level(logging.WARNING):
         choose_packing_mode(policy)
-    assert not policy.layout.together
+    assert not policy.packing_mode.together
     assert "prompts are not shared, nor rows packed: packed log-probs are off by" in caplog.text
 
 
@@ -200,6 +201,6 @@ def test_dropout_is_off_and_layers_compile(make_policy, model_folder, monkeypatc
 
 
 def pack_one(policy):
-    from oapl_engine.trainer.packing_mode import probe_items
+    from oapl_engine.trainer.packing_mode import probe_groups
 
-    return policy.batches(probe_items(97), 1000, True)
+    return policy.batches(probe_groups(97), 1000, True)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oapl_engine.samples import Group, Prompt, Rollout
-from oapl_engine.trainer.packing import Item, pack
+from oapl_engine.trainer.packing import TrainGroup, pack
 
 
 @st.composite
@@ -21,7 +21,7 @@ def random_items(draw):
             mask = draw(st.lists(st.integers(0, 1), min_size=1, max_size=20).filter(any))
             response = np.array(draw(st.lists(st.integers(0, 50), min_size=len(mask), max_size=len(mask))))
             rollouts.append(rollout(f"0.{g}.0.{i}", prompt, response, mask))
-        items.append(Item(tuple(rollouts), np.arange(len(rollouts), dtype=np.float32) + 10 * g))
+        items.append(TrainGroup(tuple(rollouts), np.arange(len(rollouts), dtype=np.float32) + 10 * g))
     return items
 
 
@@ -115,4 +115,4 @@ def test_refusals(groups):
         pack(groups.items([mixed]), 100, True)
     unscored = dataclasses.replace(one.rollouts[0], loss_mask=np.zeros_like(one.rollouts[0].loss_mask))
     with pytest.raises(ValueError, match=r"0\.p0\.0\.0 has no scored token"):
-        pack([Item((unscored,), np.zeros(1, np.float32))], 100, True)
+        pack([TrainGroup((unscored,), np.zeros(1, np.float32))], 100, True)

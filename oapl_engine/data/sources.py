@@ -1,0 +1,80 @@
+"""SOURCES: every source of problems that a recipe's data.source may name. A new one is a file and a line here.
+
+A source from elsewhere needs no line: data.source = "package.module:factory" names it. See docs/extending.md.
+"""
+
+from typing import NamedTuple
+
+from oapl_engine.config import DataConfig
+from oapl_engine.data.problem import Source
+from oapl_engine.errors import ConfigError, load_object, nearest
+
+
+class SourceKind(NamedTuple):
+    """How a source is made and what it needs.
+
+    factory:   "module:function" of a `factory(data: DataConfig) -> Source`; None: it holds rollouts only
+    requires:  fields of [data] that must not be empty
+    rollouts:  whether offline mode can read finished rollouts from it
+    by_name:   field of [data] that NAME in `--task SOURCE:NAME` stands for; None: not to be had that way
+    """
+
+    factory: str | None
+    requires: tuple[str, ...]
+    rollouts: bool = False
+    by_name: str | None = None
+
+
+SOURCES = {
+    "micro": SourceKind("oapl_engine.data.micro:micro_source", ("task",), by_name="task"),
+    "reasoning_gym": SourceKind("oapl_engine.data.reasoning:reasoning_source", ("task",), by_name="task"),
+    "jsonl": SourceKind("oapl_engine.data.jsonl:jsonl_source", ("path",), rollouts=True, by_name="path"),
+    "parquet": SourceKind(None, ("path",), rollouts=True),
+    "hf": SourceKind("oapl_engine.data.hub:hub_source", ("task",), by_name="task"),
+    "benchmark": SourceKind("oapl_engine.data.benchmarks:benchmark_source", ("task",)),
+}
+
+
+def check_source(data: DataConfig, generates: bool) -> None:
+    """Raises ConfigError for an unknown source, or one that lacks a field or does not fit the mode. Reads no file.
+
+    generates: whether the run has an engine, which needs problems; without one it needs finished rollouts
+    """
+    kind = _find(data.source)
+    for field in kind.requires:
+        if not getattr(data, field):
+            what = "reads a file" if field == "path" else "needs the name of a task"
+            raise ConfigError(f'data.{field} is empty: data.source = "{data.source}" {what}')
+    if not generates and not kind.rollouts:
+        named = " or ".join(f'"{name}"' for name, other in SOURCES.items() if other.rollouts)
+        raise ConfigError(f'data.source = "{data.source}": mode = "offline" reads rollouts from {named}')
+    if generates and kind.factory is None:
+        raise ConfigError(f'data.source = "{data.source}" holds finished rollouts: use schedule.mode = "offline"')
+
+
+def open_source(data: DataConfig) -> Source:
+    """The problems that [data] names, before rendering. Raises ConfigError."""
+    check_source(data, generates=True)
+    factory = load_object(_find(data.source).factory or data.source, "data.source")
+    source = factory(data)
+    if not isinstance(source, Source):
+        raise ConfigError(
+            f'data.source = "{data.source}" returned {type(source).__name__}: a factory returns data.problem.Source'
+        )
+    return source
+
+
+def parse_source_task(task: str) -> dict[str, str] | None:
+    """Fields of [data] that "SOURCE:NAME" stands for; None where it is not written so."""
+    source, colon, name = task.partition(":")
+    field = SOURCES[source].by_name if source in SOURCES else None
+    return {"source": source, field: name} if colon and field else None
+
+
+def _find(source: str) -> SourceKind:
+    if ":" in source:
+        return SourceKind(source, ())
+    if source not in SOURCES:
+        hint = nearest(source, [*SOURCES, "package.module:factory"])
+        raise ConfigError(f'data.source = "{source}" is not a source; {hint}')
+    return SOURCES[source]

@@ -1,0 +1,213 @@
+"""Loads a policy from a folder and checks everything before it returns: files, vocabulary, weights, packed rows."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
+
+from oapl_engine import config
+from oapl_engine.errors import ConfigError
+from oapl_engine.trainer import attention
+from oapl_engine.trainer.packing import TrainGroup
+from oapl_engine.trainer.packing_mode import PACKING_MODES, PackingMode, packing_rule, probe_groups, unpacked_logprob
+from oapl_engine.trainer.policy import Policy
+
+log = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# "LoRA Without Regret" (Thinking Machines, 2025): with alpha fixed the best learning rate does not depend on the rank.
+LORA_ALPHA = 32
+
+
+def load_policy(model: config.ModelConfig, train: config.TrainConfig, device: torch.device | None = None) -> Policy:
+    """The policy of a recipe on `device` (default: this rank's GPU if there is one, else the CPU), ready to train.
+
+    Everything is checked before it returns: files, vocabulary, weights, precision, and that packed rows give the
+    model's own log-probs; packing modes that do not are given up, and the reason is logged. Raises ConfigError.
+    """
+    device = device or default_device()
+    matmul_dtype = _matmul_dtype(model, train, device)
+    kernel = attention.attention_kernel(model.attention, device, matmul_dtype)
+    network = _load_network(model)
+    tokenizer = load_tokenizer(model.path)
+    _check_weights(network, len(tokenizer), model.path)
+    if model.lora_rank:
+        network = _add_lora(network, model.lora_rank)
+    policy = Policy(network.to(device).eval(), tokenizer, device, matmul_dtype, kernel)
+    choose_packing_mode(policy)
+    _prepare_training(policy, train)
+    return policy
+
+
+def default_device() -> torch.device:
+    """This rank's GPU if there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _matmul_dtype(model: config.ModelConfig, train: config.TrainConfig, device: torch.device) -> torch.dtype:
+    if model.dtype == "bfloat16":
+        if train.precision == "float32":
+            raise ConfigError('train.precision = "float32" with model.dtype = "bfloat16": set model.dtype = "float32"')
+        return torch.bfloat16
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if train.precision == "bfloat16" and device.type == "cuda" and not able:
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(f'train.precision = "bfloat16": {name} has no bfloat16; use "float32" or "auto"')
+    return torch.bfloat16 if train.precision == "bfloat16" or (train.precision == "auto" and able) else torch.float32
+
+
+def _refused(path: str, why: str) -> ConfigError:
+    return ConfigError(f'model.path = "{path}"{why}')
+
+
+def _load_network(model: config.ModelConfig) -> PreTrainedModel:
+    path = model.path
+    settings = _load_config(path)
+    _check_architecture(settings, path)
+    _check_files(Path(path))
+    try:
+        with silence_transformers():
+            network, info = AutoModelForCausalLM.from_pretrained(
+                path, dtype=DTYPES[model.dtype], output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _refused(path, f" cannot be loaded: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise _refused(path, f" lacks {len(missing)} weights, among them {missing[0]}: incomplete")
+    network.config.use_cache = False
+    for parameter in network.parameters():
+        # Memory mapped from a file is aligned at random, and a matmul's last bits depend on alignment.
+        parameter.data = parameter.data.clone()
+    return network
+
+
+def _load_config(path: str) -> Any:
+    local = Path(path)
+    if not local.exists() and (path.count("/") != 1 or path[0] in "./~"):
+        raise _refused(path, " does not exist: name a folder with config.json, or a hub name org/model")
+    if local.is_dir() and not (local / "config.json").exists():
+        raise _refused(path, " has no config.json: name a folder in Hugging Face layout")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise _refused(path, f" cannot be loaded: {error}") from error
+
+
+def _check_architecture(settings: Any, path: str) -> None:
+    if settings.model_type not in CAUSAL_LMS:
+        raise _refused(path, f": {settings.model_type} is not a causal LM in transformers")
+    known = {name for names in CAUSAL_LMS.values() for name in ((names,) if isinstance(names, str) else names)}
+    named = settings.architectures or []
+    if named and not known & set(named):
+        raise _refused(path, f" holds {named[0]}, not a causal LM: name a …ForCausalLM model")
+
+
+def _check_files(path: Path) -> None:
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else ():
+        try:
+            safe_open(file, "pt").__enter__()
+        except SafetensorError as error:
+            raise ConfigError(f"weights {file} are damaged or truncated ({error}): fetch the model again") from error
+
+
+@contextmanager
+def silence_transformers() -> Iterator[None]:
+    """Without transformers' progress bars and load report: what matters in it is an error of ours."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer in a model's folder. Raises ConfigError."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _refused(path, " has no tokenizer: add tokenizer.json and tokenizer_config.json") from error
+
+
+def _check_weights(network: PreTrainedModel, tokens: int, path: str) -> None:
+    rows = len(network.get_output_embeddings().weight)
+    if tokens > rows:
+        raise _refused(
+            path,
+            f": the tokenizer has {tokens} tokens but the head only {rows} rows; use the model's own tokenizer, or "
+            "resize the model's embeddings",
+        )
+    for name, parameter in network.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise _refused(path, f": weight {name} holds NaN or Inf; fetch or train the model again")
+
+
+def _add_lora(network: PreTrainedModel, rank: int) -> PreTrainedModel:
+    settings = LoraConfig(r=rank, lora_alpha=LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    return inject_adapter_in_model(settings, network)
+
+
+def choose_packing_mode(policy: Policy) -> None:
+    """Set the first of PACKING_MODES in which packed rows have the model's own log-probs. ConfigError if none has."""
+    network, matmul_dtype, kernel = policy.model, policy.matmul_dtype, policy.kernel
+    own_attention = network.config._attn_implementation
+    # The comparison is one of mathematics: at the parameters' own precision, by a kernel that has it.
+    policy.matmul_dtype, policy.kernel = next(network.parameters()).dtype, "sdpa"
+    groups = probe_groups(policy.vocabulary)
+    own = {r.key: unpacked_logprob(network, r, policy.device) for group in groups for r in group.rollouts}
+    reason = packing_rule(network.config.get_text_config())
+    if not network._supports_attention_backend:
+        reason = f"{type(network).__name__} does not take its attention from transformers' AttentionInterface"
+    for mode in PACKING_MODES if reason is None else PACKING_MODES[-1:]:
+        policy.packing_mode = PackingMode(mode.share, mode.together, reason)
+        with silence_transformers():
+            network.set_attn_implementation(attention.NAME if mode.together else own_attention)
+        failure = _probe(policy, groups, own)
+        if failure is None:
+            break
+        reason = reason or failure
+    else:
+        raise ConfigError(f"{type(network).__name__}: log-probs differ from the model's own ({failure}); not supported")
+    policy.matmul_dtype, policy.kernel = matmul_dtype, kernel
+    if reason is not None:
+        log.warning("prompts are not shared%s: %s", "" if policy.packing_mode.together else ", nor rows packed", reason)
+
+
+@torch.no_grad()
+def _probe(policy: Policy, groups: list[TrainGroup], own: dict[str, Tensor]) -> str | None:
+    tolerance = 0.1 if policy.matmul_dtype == torch.bfloat16 else 1e-3
+    worst = 0.0
+    try:
+        for batch in policy.batches(groups, 1 << 20, True):
+            expected = torch.cat([own[key] for key in batch.keys])
+            worst = max(worst, float((policy.logprob(batch, 1.0) - expected).abs().max()))
+    except (RuntimeError, TypeError, ValueError) as error:
+        return f"the packed forward pass failed: {error}"
+    return None if worst <= tolerance else f"packed log-probs are off by {worst:.2g} nats"
+
+
+def _prepare_training(policy: Policy, train: config.TrainConfig) -> None:
+    policy.model.train()
+    for module in policy.model.modules():
+        # Log-probs are compared with the engine's, which has no dropout; oapl_packed ignores attention dropout.
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if train.checkpoint_activations:
+        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if train.compile:
+        for layer in policy.model.get_decoder().layers:
+            layer.compile(dynamic=True)
