@@ -1,17 +1,25 @@
-"""`oapl …`: thin. Bad input exits with 2 and one line; Ctrl-C with 130; a failure while running with 1."""
+"""`oapl …`: parses and dispatches. Bad input exits with 2 and one line; Ctrl-C with 130; a failure with 1.
+
+Nothing heavy is imported before a command needs it: `oapl --help` and bad input are quick.
+"""
 
 import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Read when torch loads its OpenMP library: idle threads must not spin on the cores that engine and trainer share.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 from oapl_engine import __version__
-from oapl_engine.config import Recipe, load_recipe
+from oapl_engine.config import Recipe
 from oapl_engine.config_file import describe
-from oapl_engine.errors import BAD_INPUT, DIFFERENCE, FAILED, INTERRUPTED, OK, ConfigError, RunError
+from oapl_engine.errors import BAD_INPUT, DIFFERENCE, OK, ConfigError, guarded
 from oapl_engine.sft_config import SftRecipe, load_sft_recipe
+
+SCHEMAS = {"`oapl train`": Recipe, "`oapl sft`": SftRecipe}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,21 +30,6 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help()
         return BAD_INPUT
     return guarded(lambda: arguments.run(arguments, rest))
-
-
-def guarded(work: Callable[[], int]) -> int:
-    """The exit code of `work`, with bad input and Ctrl-C told in one line."""
-    try:
-        return work()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,11 +49,11 @@ def _parser() -> argparse.ArgumentParser:
         return command.add_argument
 
     fields = "TOML file; fields below are overridden with --section.field VALUE"
-    add(_train, "teach a model by a recipe; the same command again resumes", _fields_help(Recipe))(
-        "recipe", help=fields
-    )
+    argument = add(_train, "teach a model by a recipe; the same command again resumes", _fields_help(Recipe))
+    argument("recipe", help=fields)
     text = "make the micro model: supervised warm start on generated examples"
-    add(_sft, text, _fields_help(SftRecipe))("recipe", help=fields)
+    argument = add(_sft, text, _fields_help(SftRecipe))
+    argument("recipe", help=fields)
     argument = add(
         _eval,
         "unbiased pass@k of models and runs on the same problems, with errors",
@@ -68,17 +61,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     argument("models", metavar="MODEL_OR_RUN", nargs="+", help="model folder or name, or a run directory")
     argument("--task", default="", help="aime25, math500, …, or SOURCE:NAME; default: the first run's own")
-    argument("--n", type=int, default=16, help="samples a problem")
+    argument("--n", type=int, default=16, help="samples per problem")
     argument("--k", default="", help="k of pass@k, comma-separated; default: powers of two to n")
     argument("--out", default="", help="results, picture and progress; the same command resumes")
-    argument = add(_rollouts, "export the rollouts of a run, one JSON object a line")
+    argument = add(_rollouts, "export the rollouts of a run, one JSON object per line")
     argument("run_dir", metavar="RUN", help="run directory")
     argument("--format", choices=["jsonl"], default="jsonl")
     argument = add(_figure, "draw a run: what it learned, or when it generated, verified, trained and published")
     argument("run_dir", metavar="RUN", help="run directory")
     argument("out", metavar="FILE", help="picture to write: .svg, .png or .pdf")
-    argument("--kind", choices=["learning", "gantt"], default="learning", help="gantt: who worked when")
-    text = "why a run does not learn; or, with --weights, whether a publish reaches a live engine whole"
+    argument("--kind", choices=["learning", "gantt"], default="learning", help="gantt: what worked when")
+    text = "why a run does not learn; or, with --weights, whether a publish reaches a live engine completely"
     argument = add(_doctor, text)
     argument("run_dir", metavar="RUN", nargs="?", help="run directory: name the likely cause")
     argument("--weights", metavar="MODEL_DIR", help="publish perturbed weights, compare with a fresh load")
@@ -86,36 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _fields_help(schema: type) -> str:
-    lines = ["fields of the recipe (TOML section, then --section.field):"]
-    for section, why, fields in describe(schema):
-        lines += ["", f"[{section}]  {why}"]
-        lines += [
-            f"  --{section}.{name} ({kind}; default {default})\n      {text}" for name, kind, default, text in fields
-        ]
-    return "\n".join(lines).replace("%", "%%")
-
-
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    recipe = load_recipe(arguments.recipe, overrides)
-    _make_model(recipe, Path(arguments.recipe).parent)
-    from oapl_engine.train import run_recipe
+    from oapl_engine.config import load_recipe
 
-    return run_recipe(recipe)
+    load_recipe(arguments.recipe, overrides)  # before torch is loaded: a typo is reported within a second
+    from oapl_engine.train import train
 
-
-def _make_model(recipe: Recipe, folder: Path) -> None:
-    """Where the model is missing and a warm start beside the recipe writes it, make it first."""
-    if Path(recipe.model.path).exists() or int(os.environ.get("RANK", "0")):  # other ranks wait for the first
-        return
-    for path in sorted(folder.glob("*sft*.toml")):
-        sft = load_sft_recipe(path)
-        if sft.model.out == recipe.model.path:
-            print(f"{recipe.model.path} is missing: oapl sft {path}", file=sys.stderr)
-            from oapl_engine.sft import run_sft
-
-            run_sft(sft)
-            return
+    return train(arguments.recipe, overrides)
 
 
 def _sft(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -126,9 +96,25 @@ def _sft(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return OK
 
 
+def _eval(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    ks = _parse_ks(arguments.k, arguments.n)
+    from oapl_engine.evaluation.report import evaluate_and_report
+
+    evaluate_and_report(arguments.models, arguments.task, arguments.n, ks, arguments.out, overrides)
+    return OK
+
+
+def _parse_ks(text: str, n: int) -> list[int]:
+    """k of pass@k; by default the powers of two up to n."""
+    try:
+        return [int(k) for k in text.split(",")] if text else [2**i for i in range(max(n, 1).bit_length())]
+    except ValueError as error:
+        raise ConfigError(f"--k {text}: whole numbers separated by commas, such as 1,4,16") from error
+
+
 def _rollouts(arguments: argparse.Namespace, rest: list[str]) -> int:
     _refuse(rest)
-    from oapl_engine.report.export import export_rollouts
+    from oapl_engine.rollout_log.interchange import export_rollouts
 
     run = Path(arguments.run_dir)
     if not (run / "rollouts").is_dir():
@@ -148,53 +134,18 @@ def _figure(arguments: argparse.Namespace, rest: list[str]) -> int:
     return OK
 
 
-def _eval(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Table and paired differences on stdout, progress on stderr, `pass_at_k.svg` beside the counts."""
-    from rich.console import Console
-
-    from oapl_engine.evaluation import compare as session
-    from oapl_engine.evaluation.evaluate import compare
-    from oapl_engine.report.figure import pass_at_k_table, plot_pass_at_k
-
-    n = arguments.n
-    try:
-        ks = [int(k) for k in arguments.k.split(",")] if arguments.k else [2**i for i in range(max(n, 1).bit_length())]
-    except ValueError as error:
-        raise ConfigError(f"--k {arguments.k}: whole numbers separated by commas, such as 1,4,16") from error
-    recipe = session.evaluation_recipe(arguments.models, arguments.task, n, ks, overrides)
-    targets = [session.find_target(path) for path in arguments.models]
-    name = arguments.task.replace(":", "-") or recipe.data.task or Path(recipe.data.path).stem
-    out = Path(arguments.out or f"runs/eval-{Path(name).stem}")
-    found = session.evaluate_targets(
-        targets, recipe, bool(arguments.task), out, lambda text: print(text, file=sys.stderr, flush=True)
-    )
-    labels = [target.label for target in targets]
-    curves = {label: [(k, *result.pass_at_k(k)) for k in ks] for label, result in zip(labels, found, strict=True)}
-    paired = {
-        label: [(k, *compare(found[0], r, k)) for k in ks] for label, r in list(zip(labels, found, strict=True))[1:]
-    }
-    title = f"{found[0].task}: {len(found[0].problems)} problems x {n} samples, temperature {found[0].temperature:g}"
-    Console(width=None if sys.stdout.isatty() else 200).print(pass_at_k_table(curves, paired, title))
-    plot_pass_at_k(curves, title, out / "pass_at_k.svg")
-    print(f"done: models={len(found)} problems={len(found[0].problems)} n={n} out={out}")
-    return OK
-
-
 def _doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
     """`doctor RUN` reads the metrics; `doctor --weights MODEL_DIR` starts engines."""
     _refuse(rest)
     if bool(arguments.run_dir) == bool(arguments.weights):
         raise ConfigError("oapl doctor takes either a run directory or --weights MODEL_DIR")
     if arguments.run_dir:
-        from oapl_engine.report.diagnosis import diagnose
+        from oapl_engine.report.diagnosis import print_diagnosis
 
-        found = diagnose(Path(arguments.run_dir))
-        for finding in found:
-            print(f"{finding.cause}\n  seen: {finding.evidence}\n  try:  {finding.remedy}")
-        print(f"doctor: {len(found)} likely causes" if found else "doctor: nothing stands out")
+        print_diagnosis(Path(arguments.run_dir))
         return OK
     if not Path(arguments.weights).is_dir():
-        raise ConfigError(f"--weights {arguments.weights} is no folder: name one with config.json and the weights")
+        raise ConfigError(f"--weights {arguments.weights} is not a folder: name one with config.json and the weights")
     from oapl_engine.doctor import check_weights
 
     difference = check_weights(arguments.weights)
@@ -214,6 +165,16 @@ def _refuse(rest: list[str]) -> None:
         raise ConfigError(f"unknown argument {rest[0]}: see oapl --help")
 
 
+def _fields_help(schema: type) -> str:
+    """The fields of a recipe, for --help."""
+    lines = ["fields of the recipe (TOML section, then --section.field):"]
+    for section, why, fields in describe(schema):
+        lines += ["", f"[{section}]  {why}"]
+        for name, kind, default, text in fields:
+            lines.append(f"  --{section}.{name} ({kind}; default {default})\n      {text}")
+    return "\n".join(lines).replace("%", "%%")
+
+
 def configuration_page() -> str:
     """docs/configuration.md, from the dataclasses."""
     lines = [
@@ -222,20 +183,18 @@ def configuration_page() -> str:
         "Generated by `make docs` from oapl_engine/config.py. A recipe is TOML; any field can be overridden on the",
         "command line: `oapl train recipe.toml --schedule.lag 64`.",
     ]
-    for title, schema in (("`oapl train`", Recipe), ("`oapl sft`", SftRecipe)):
-        lines += ["", f"## {title}"]
-        for section, why, fields in describe(schema):
-            lines += [
-                "",
-                f"### [{section}]",
-                why,
-                "",
-                "| field | type | default | unit and reason |",
-                "|---|---|---|---|",
-            ]
-            rows = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in fields]
-            lines += [f"| {row} |" for row in rows]
+    for title, schema in SCHEMAS.items():
+        lines += ["", f"## {title}", *_section_tables(schema)]
     return "\n".join(lines) + "\n"
+
+
+def _section_tables(schema: type) -> Iterator[str]:
+    for section, why, fields in describe(schema):
+        yield from ("", f"### [{section}]", why, "")
+        yield from ("| field | type | default | unit and reason |", "|---|---|---|---|")
+        for row in fields:
+            cells = " | ".join(cell.replace("|", "\\|") for cell in row)
+            yield f"| {cells} |"
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from oapl_engine import config
+from oapl_engine.inference.options import EngineOptions
 from oapl_engine.inference.protocol import Sampling
-from oapl_engine.inference.supervisor import EngineOptions
 from oapl_engine.rollout.session import EngineSession
 from oapl_engine.samples import Prompt
 from oapl_engine.trainer.loading import load_policy

@@ -2,7 +2,8 @@
 
 import difflib
 import importlib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 OK, FAILED, BAD_INPUT, DIFFERENCE, INTERRUPTED = 0, 1, 2, 3, 130
@@ -36,3 +37,18 @@ def load_object(path: str, field: str) -> Any:
             f'{field} = "{path}" cannot be loaded: {error}; write "package.module:name" of something that Python can '
             "import from here (PYTHONPATH)"
         ) from error
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """The exit code of `work`; bad input, a run that cannot continue, and Ctrl-C are reported in one line on stderr."""
+    try:
+        return work()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return INTERRUPTED

@@ -3,7 +3,9 @@
 Loss on the answer and its end of sequence only. The same seed and thread count give the same weights.
 """
 
+import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from oapl_engine.data.micro import BOS, EOS, PAD, VOCABULARY, micro_tokenizer
 from oapl_engine.data.task import Task, load_task
 from oapl_engine.errors import ConfigError
 from oapl_engine.samples import Prompt
-from oapl_engine.sft_config import SftRecipe
+from oapl_engine.sft_config import SftRecipe, load_sft_recipe
 
 IGNORED = -100  # target of positions without loss, as in torch.nn.functional.cross_entropy
 POSITIONS = 256  # longest sequence of the model, tokens
@@ -29,7 +31,7 @@ def run_sft(recipe: SftRecipe) -> float:
     """
     out = Path(recipe.model.out)
     if out.exists() and not (out / "config.json").exists() and (out.is_file() or any(out.iterdir())):
-        raise ConfigError(f"model.out = {out} exists and is no model folder: choose another folder or remove it")
+        raise ConfigError(f"model.out = {out} exists and is not a model folder: choose another folder or remove it")
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     torch.manual_seed(recipe.run.seed)
@@ -43,6 +45,18 @@ def run_sft(recipe: SftRecipe) -> float:
     _save(model, tokenizer, out)
     print(f"done: steps={recipe.train.steps} greedy={accuracy:.3f} problems={len(task.held_out)} model={out}")
     return accuracy
+
+
+def make_missing_model(model_path: str, folder: Path) -> None:
+    """Where a recipe's model is missing and a warm start in the recipe's folder writes it, make it first."""
+    if Path(model_path).exists() or int(os.environ.get("RANK", "0")):  # other ranks wait for the first
+        return
+    for path in sorted(folder.glob("*sft*.toml")):
+        recipe = load_sft_recipe(path)
+        if recipe.model.out == model_path:
+            print(f"{model_path} is missing: oapl sft {path}", file=sys.stderr)
+            run_sft(recipe)
+            return
 
 
 def micro_llama(recipe: SftRecipe) -> LlamaForCausalLM:
@@ -106,7 +120,7 @@ def pad_examples(batch: list[Prompt], tokenizer: Any) -> tuple[torch.Tensor, tor
 
 @torch.no_grad()
 def greedy_accuracy(model: LlamaForCausalLM, prompts: tuple[Prompt, ...], tokenizer: Any) -> float:
-    """Share of prompts whose greedy continuation is the whole solution, token for token."""
+    """Share of prompts whose greedy continuation is the complete solution, token for token."""
     if not prompts:
         return float("nan")
     model.eval()
@@ -117,7 +131,7 @@ def greedy_accuracy(model: LlamaForCausalLM, prompts: tuple[Prompt, ...], tokeni
 
 
 def _save(model: LlamaForCausalLM, tokenizer: Any, out: Path) -> None:
-    """Written beside `out`, then renamed: a folder that is there is whole."""
+    """Written under another name, then renamed: a folder that is there is complete."""
     logging.disable_progress_bar()
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)

@@ -91,7 +91,7 @@ def checksum_all(payloads: list[Tensor]) -> list[int]:
     return [low | high << 32 for low, high in _checksums_on_cpu(payloads)]
 
 
-def combined(values: Iterable[int]) -> str:
+def combine_checksums(values: Iterable[int]) -> str:
     """16 hex digits of many checksums together: the halves' sums mod 2^32, whatever their order."""
     low, high = np.array([(v & 0xFFFFFFFF, v >> 32) for v in values], np.uint64).reshape(-1, 2).sum(0) & 0xFFFFFFFF
     return f"{int(low) | int(high) << 32:016x}"
@@ -122,7 +122,7 @@ def copy_and_count_changes(payloads: list[Tensor], destinations: list[Tensor]) -
     cpp = extension()
     if cpp is not None:
         copies = [cpp.Copy(p.data_ptr(), d.data_ptr(), len(p), p.itemsize) for p, d in pairs]
-        return int(cpp.copy_and_count_changes(copies, torch.get_num_threads()))
+        return int(cpp.copy_changed(copies, torch.get_num_threads()))
     changed = 0
     for payload, destination in pairs:
         bits = torch.int16 if payload.itemsize == 2 else torch.int32

@@ -3,7 +3,7 @@
 A source from elsewhere needs no line: data.source = "package.module:factory" names it. See docs/extending.md.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from oapl_engine.config import DataConfig
 from oapl_engine.data.problem import Source
@@ -64,7 +64,7 @@ def open_source(data: DataConfig) -> Source:
     return source
 
 
-def parse_source_task(task: str) -> dict[str, str] | None:
+def parse_source_task(task: str) -> dict[str, Any] | None:
     """Fields of [data] that "SOURCE:NAME" stands for; None where it is not written so."""
     source, colon, name = task.partition(":")
     field = SOURCES[source].by_name if source in SOURCES else None

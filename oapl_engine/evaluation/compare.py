@@ -110,7 +110,7 @@ def problem_set(data: DataConfig, seed: int, tokenizer: object, full_set: bool) 
 def evaluate_targets(
     targets: Sequence[Target], recipe: Recipe, full_set: bool, out: Path, log: Log
 ) -> list[EvaluationResult]:
-    """One result per target, on the same problems. Raises ConfigError, also where `out` holds another model's counts."""
+    """One result per target, on the same problems. ConfigError, also where `out` holds another model's counts."""
     labels = [target.label for target in targets]
     if len(set(labels)) < len(labels):
         raise ConfigError(f"two models are called {', '.join(labels)}: rename a folder, results are kept by name")

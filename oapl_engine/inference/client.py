@@ -28,7 +28,7 @@ class EngineRefusedError(RunError):
 
 
 class EngineClient:
-    """Calls into one engine process. The socket is opened by the first call; all calls belong to the loop that makes it.
+    """Calls into one engine process, all from one event loop. The socket is opened by the first call.
 
     Every method raises EngineLostError when the process is gone and EngineRefusedError when it refuses.
     """

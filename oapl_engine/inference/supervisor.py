@@ -1,9 +1,7 @@
 """Starts, watches, restarts and stops engine processes. Blocking; safe to use from any thread."""
 
 import contextlib
-import dataclasses
 import importlib.util
-import json
 import os
 import signal
 import socket
@@ -13,17 +11,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
 import psutil
 
-from oapl_engine.config import Recipe, resolve_engine_dtype
 from oapl_engine.errors import RunError
 from oapl_engine.inference import protocol
 from oapl_engine.inference.client import EngineClient
 from oapl_engine.inference.engine_process import remove_traces
+from oapl_engine.inference.options import EngineOptions, ProcessOptions
 
 STOP_SECONDS = 10.0
 SPINS = "1000"
@@ -31,56 +29,18 @@ LOG_TAIL = 30  # lines of the engine's log that an error shows
 FOLDER_PREFIX = "oapl-engine-"
 
 
-@dataclass(frozen=True)
-class EngineOptions:
-    """What an engine is started with. All values are plain, they travel as JSON.
-
-    model: folder in Hugging Face layout; dtype: "float32" | "bfloat16"; tensor_parallel: devices (CPU: processes);
-    max_model_len: tokens, prompt and response; max_num_seqs: samples that run at once; kv_cache_mb: MiB of KV cache on
-    CPU; memory_share: of a GPU's memory; seed: of generation; threads: OpenMP threads on CPU (0: one a core); cores:
-    CPU core ids to stay on (empty: all); incarnation: counts restarts; version: policy version of the weights in
-    `model`; weight_backend, worker_extension: the plugin that takes weight updates ("": fixed weights).
-    """
-
-    model: str
-    dtype: str = "float32"
-    tensor_parallel: int = 1
-    max_model_len: int = 1024
-    max_num_seqs: int = 256
-    kv_cache_mb: int = 1024
-    memory_share: float = 0.85
-    seed: int = 0
-    threads: int = 0
-    cores: tuple[int, ...] = ()
-    incarnation: int = 0
-    version: int = 0
-    weight_backend: str = "oapl"
-    worker_extension: str = "oapl_engine.weights.receiver.extension.WeightReport"
-
-
-def engine_options(recipe: Recipe, model: str, max_model_len: int, **others: Any) -> EngineOptions:
-    """Options of a recipe's engine for the model in a folder."""
-    r = recipe.rollout
-    return EngineOptions(
-        model,
-        dtype=resolve_engine_dtype(recipe),
-        tensor_parallel=r.tensor_parallel,
-        max_model_len=max_model_len,
-        kv_cache_mb=r.kv_cache_mb,
-        memory_share=r.memory_share,
-        **others,
-    )
-
-
 class EngineStartError(RunError):
     """The engine process ended, or said nothing, before it was ready. Shows the end of its log."""
 
 
 class Engine:
-    """One engine process that we own, started and serving when it is made. client: its EngineClient, replaced by
-    restart(). Its log is appended to log_path.
+    """One engine process that we own, started and serving when it is made.
 
-    on_lost(engine) is called on a thread of its own when the process ends without stop(); `lost` is set too.
+    options:   what it was started with
+    log_path:  its log is appended here
+    on_lost:   called with the Engine, on a thread of its own, when the process ends without stop(); `lost` is set too
+    client:    its EngineClient, another one after restart()
+
     Raises EngineStartError with the end of the log.
     """
 
@@ -121,7 +81,7 @@ class Engine:
         """A fresh process, incarnation + 1, with the weights of options.model: publish before it may serve a newer
         version. `client` is a new object afterwards."""
         self.stop()
-        self.options = dataclasses.replace(self.options, incarnation=self.options.incarnation + 1)
+        self.options = msgspec.structs.replace(self.options, incarnation=self.options.incarnation + 1)
         self._start()
 
     def __enter__(self) -> Self:
@@ -149,15 +109,15 @@ class Engine:
         self.client = EngineClient(self._socket.dup(), self.options.incarnation)
 
     def _spawn(self, fd: int) -> subprocess.Popen[bytes]:
-        options = dataclasses.asdict(self.options) | {"socket": fd, "owner": os.getpid(), "folder": self._folder}
+        options = ProcessOptions(self.options, fd, os.getpid(), self._folder)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log_path, "ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "oapl_engine.inference.engine_process", json.dumps(options)],
+                [sys.executable, "-m", "oapl_engine.inference.engine_process", msgspec.json.encode(options).decode()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=os.environ | openmp_environment(self.options.threads),
+                env=os.environ | openmp_environment(len(self.options.cores) or len(os.sched_getaffinity(0))),
                 pass_fds=[fd],
                 start_new_session=True,
             )
@@ -187,19 +147,16 @@ class Engine:
                 self._on_lost(self)
 
     def _clean_up(self) -> None:
-        """Whoever is left in the engine's session (workers of a killed engine), and its folder."""
+        """What is left in the engine's session (workers of a killed engine), and its folder."""
         kill_session(self._process.pid)
         remove_traces(self._folder)
-
-
-start_engine = Engine  # making one starts it
 
 
 def openmp_environment(threads: int) -> dict[str, str]:
     """PyTorch's own OpenMP library first: without it vLLM's kernels and torch use two pools, and one core. Short spins:
     threads that spin at barriers made the engine 10 to 40 times slower on cores that it had to share."""
     environment = {
-        "OMP_NUM_THREADS": str(threads or len(os.sched_getaffinity(0))),
+        "OMP_NUM_THREADS": str(threads),
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", SPINS),
     }
     loaded = os.environ.get("LD_PRELOAD", "")

@@ -8,20 +8,21 @@ from oapl_engine.orchestrator.run import Run
 from oapl_engine.report.metrics import read_evaluations
 from oapl_engine.rollout_log.journal import Journal
 from oapl_engine.rollout_log.log import RolloutLog
-from oapl_engine.scheduler import core
 from oapl_engine.scheduler.buffer import Buffer, BufferedGroup
+from oapl_engine.scheduler.core import in_window
+from oapl_engine.scheduler.state import Settings, State
 
 UNTRAINABLE = ("cleared", "lost", "dropped:group_too_small", "dropped:resampled")  # columns of the ledger
 
 
-def resume_state(run: Run) -> core.State:
+def resume_state(run: Run) -> State:
     """The state in which the scheduler continues; a new run's is the same with nothing in it. run.step: of the
     checkpoint that was loaded.
 
     Steps that were begun after the checkpoint are replayed with the same groups; what the logs of all ranks hold beyond
     them waits. Rank 0's journal alone says what was consumed.
     """
-    settings = core.Settings.from_recipe(run.recipe, engines=run.ranks.world)
+    settings = Settings.from_recipe(run.recipe, engines=run.ranks.world)
     own = {
         "steps": [(step.step, step.groups) for step in run.journal.steps()],
         "versions": run.journal.versions(),
@@ -32,12 +33,12 @@ def resume_state(run: Run) -> core.State:
     versions = tuple((version, step) for version, step in all_ranks[0]["versions"])
     by_turn = itertools.zip_longest(*(rank["trainable"] for rank in all_ranks))
     trainable = [pair for turn in by_turn for pair in turn if pair]
-    return core.State(
+    return State(
         settings,
         step=run.step,
         next_version=1 + max((version for version, _ in versions), default=-1),
         published_step=max((step for _, step in versions), default=0),
-        version_steps=core.in_window(versions, settings.window),
+        version_steps=in_window(versions, settings.window),
         buffer=Buffer(_waiting(trainable, steps, settings.max_uses)),
         replay=tuple(groups for number, groups in steps if number > run.step),
         evaluated=max(read_evaluations(run.directory), default=-1),

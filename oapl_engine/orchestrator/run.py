@@ -120,7 +120,7 @@ def open_run(recipe: Recipe, ranks: Ranks) -> Iterator[Run]:
 
 
 def check_names(recipe: Recipe) -> None:
-    """Raises ConfigError for a source, verifier, objective or transport that is not there, before anything is loaded."""
+    """Raises ConfigError for a source, verifier, objective or transport that is missing, before anything is loaded."""
     generates = recipe.schedule.traits.generates
     check_source(recipe.data, generates)
     make_objective(recipe.objective, recipe.objective.beta2)

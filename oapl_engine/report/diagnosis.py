@@ -1,6 +1,6 @@
 """`oapl doctor RUN`: what the metrics of a run say about why it does not learn, likeliest cause first.
 
-Each rule is one function of the rows of metrics.jsonl; its limits stand beside it and are told with the finding.
+Each rule is one function of the rows of metrics.jsonl; its limits are next to it and are reported with the finding.
 """
 
 import math
@@ -15,9 +15,9 @@ from oapl_engine.config import Recipe, load_recipe, resolve_engine_dtype, resolv
 from oapl_engine.errors import ConfigError
 from oapl_engine.report.metrics import read_metrics
 from oapl_engine.rollout_log.log import RolloutLog
+from oapl_engine.weights.attest import TOLERANCE
 
-GAP_LIMIT = {"float32": 1e-3, "bfloat16": 0.15}  # nats; same weights give 2e-5 in fp32, 0.03 in bf16 (weights.md)
-HOT_NATS = 1.0  # KL(π_vllm‖π) a token inside one window
+HOT_NATS = 1.0  # KL(π_vllm‖π) per token inside one window
 LAG_LIMIT = 8  # steps that a rollout may be old without any correction
 EQUAL_SHARE, TRUNCATED_SHARE, UNPARSED_SHARE, IDLE_SHARE = 0.8, 0.3, 0.2, 0.5
 
@@ -42,6 +42,14 @@ def diagnose(run_dir: Path) -> list[Finding]:
     return [finding for rule in RULES for finding in rule(rows, recipe)] + list(_unparsed(run_dir))
 
 
+def print_diagnosis(run_dir: Path) -> None:
+    """Findings on stdout, with what was seen and what to try; the last line counts them. Raises ConfigError."""
+    found = diagnose(run_dir)
+    for finding in found:
+        print(f"{finding.cause}\n  seen: {finding.evidence}\n  try:  {finding.remedy}")
+    print(f"doctor: {len(found)} likely causes" if found else "doctor: nothing stands out")
+
+
 def _mean(rows: Rows, key: str) -> float:
     values = [row[key] for row in rows if row.get(key) is not None]
     return float(np.mean(values)) if values else math.nan
@@ -56,11 +64,11 @@ def _quarters(rows: Rows, key: str) -> tuple[float, float]:
 def _gap(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
     exact = resolve_engine_dtype(recipe) == resolve_train_config(recipe).precision == "float32"
     coarser = "float32" if exact else "bfloat16"  # of the two sides
-    gap, limit = _mean(rows, "logprob_gap/mean"), GAP_LIMIT[coarser]
+    gap, limit = _mean(rows, "logprob_gap/mean"), TOLERANCE[coarser]
     if gap > limit:
         yield Finding(
             "engine and trainer disagree on log-probs",
-            f"logprob_gap_mean {gap:.3g} nats at equal weights; {coarser} should stay below {limit:g}",
+            f"logprob_gap/mean {gap:.3g} nats at equal weights; {coarser} should stay below {limit:g}",
             "everything else is misread until this is explained: oapl doctor --weights MODEL_DIR, the same temperature "
             "and dtype on both sides, no top_p or top_k",
         )
@@ -81,7 +89,7 @@ def _equal_groups(rows: Rows, _: Recipe) -> Iterator[Finding]:
     if share > EQUAL_SHARE:
         yield Finding(
             f"almost all groups are all equal: the task is too {'hard' if reward < 0.5 else 'easy'}",
-            f"equal_group_share {share:.2f} (limit {EQUAL_SHARE}), reward {reward:.2f}",
+            f"filters/zero_variance {share:.2f} (limit {EQUAL_SHARE}), reward {reward:.2f}",
             'choose other problems, a larger schedule.group_size, or objective.equal_groups = "resample"',
         )
 
@@ -92,7 +100,7 @@ def _truncation(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
         most = recipe.sampling.max_new_tokens
         yield Finding(
             "responses are cut off",
-            f"truncated_share {share:.2f} (limit {TRUNCATED_SHARE}) at sampling.max_new_tokens = {most}",
+            f"is_truncated/mean {share:.2f} (limit {TRUNCATED_SHARE}) at sampling.max_new_tokens = {most}",
             'raise sampling.max_new_tokens, or objective.overlong = "soft"; check that the stop token is the model\'s',
         )
 
@@ -109,8 +117,8 @@ def _hot(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
         rate = recipe.optimizer.learning_rate
         yield Finding(
             "the learning rate is too hot",
-            f"KL(π_vllm‖π) up to {kl:.2g} nats a token (limit {HOT_NATS:g}); from the first to the last quarter reward "
-            f"{reward_0:.3f} → {reward_1:.3f}, entropy {entropy_0:.2f} → {entropy_1:.2f}",
+            f"KL(π_vllm‖π) up to {kl:.2g} nats per token (limit {HOT_NATS:g}); from the first to the last quarter "
+            f"reward {reward_0:.3f} → {reward_1:.3f}, entropy {entropy_0:.2f} → {entropy_1:.2f}",
             f"halve optimizer.learning_rate = {rate:g}, or publish earlier with schedule.max_kl",
         )
 
@@ -128,22 +136,23 @@ def _uncorrected(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
 
 def _scale(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
     """β2·Δ against A: Δ is a sum over the response, so β2 must fit its length (algorithm.md)."""
-    if recipe.objective.name not in ("oapl", "kimi"):
+    beta2 = _mean(rows, "beta2")
+    if math.isnan(beta2):  # the objective has no squared residual
         return
     late = [row for row in rows if row["off_policy/mean"] >= 0.5 * max(r["off_policy/mean"] for r in rows)]
     fresh = [row for row in rows if row["off_policy/mean"] <= 1 and row.get("loss")]
     asked = math.sqrt(_mean(fresh, "loss")) if fresh else math.nan  # with Δ = 0 the loss is the mean of A²
-    tokens, beta2 = _mean(rows, "seq_len/mean"), _mean(rows, "beta2")
+    tokens = _mean(rows, "seq_len/mean")
     reached = beta2 * _mean(late, "log_ratio/std") * math.sqrt(tokens)
     evidence = (
-        f"rms(A) {asked:.3f}; β2·Δ late in a window about {reached:.3f}; A/β2 asks for {asked / beta2:.0f} nats a "
+        f"rms(A) {asked:.3f}; β2·Δ late in a window about {reached:.3f}; A/β2 asks for {asked / beta2:.0f} nats per "
         f"response of {tokens:.0f} tokens"
     )
     if asked / beta2 > 3 * tokens:
         yield Finding(
             "β2 is too small for this length: it only sets the slope, nothing holds π near π_vllm",
             evidence,
-            "raise objective.beta2 (A/β2 of 5 to 10 nats a response worked), or objective.scale_free_nats = 5",
+            "raise objective.beta2 (A/β2 of 5 to 10 nats per response worked), or objective.scale_free_nats = 5",
         )
     elif reached > 2 * asked:
         yield Finding(

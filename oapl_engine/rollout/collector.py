@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from oapl_engine.inference.client import EngineClient, EngineLostError
 from oapl_engine.inference.protocol import Sample, Sampling
 from oapl_engine.rewards import Verdict
-from oapl_engine.samples import Group, Prompt, Rollout, Span, make_rollout
+from oapl_engine.samples import Group, Prompt, Rollout, Span, Status, make_rollout
 
 T = TypeVar("T")
 Verify = Callable[[Prompt, NDArray[np.int32]], Awaitable[Verdict]]
@@ -25,8 +25,8 @@ class Collector:
 
     client:      of the engine; `attach` replaces it after a restart
     verify:      coroutine function (prompt, response token ids [R] i32) -> Verdict, run in the collector's loop
-    on_failure:  called with what `verify` or a group's callback raised, on the collector's thread; the next submit, call
-                 or close raises it too
+    on_failure:  called with what `verify` or a group's callback raised, on the collector's thread; the next submit,
+                 call or close raises it too
 
     Status of a rollout, sample by sample: "aborted" where generation was ended early, "lost" where the engine died
     before the sample was finished (neither is verified), else the verdict's.
@@ -165,5 +165,5 @@ class Collector:
         if sample.finish == "abort":
             return rollout
         verdict = await self._verify(prompt, rollout.response_ids)
-        status = "scored" if verdict.status == "scored" else "invalid"
+        status: Status = "scored" if verdict.status == "scored" else "invalid"
         return replace(rollout, status=status, reward=verdict.reward, reward_detail=verdict.detail)

@@ -11,8 +11,9 @@ import torch
 
 from oapl_engine.config import Recipe, resolve_engine_dtype
 from oapl_engine.inference.client import BlockingControl
+from oapl_engine.inference.options import EngineOptions
 from oapl_engine.inference.protocol import Sample, Sampling
-from oapl_engine.inference.supervisor import Engine, EngineOptions, EngineStartError
+from oapl_engine.inference.supervisor import Engine, EngineStartError
 from oapl_engine.rewards import Verdict
 from oapl_engine.rollout.collector import Collector, OnGroup
 from oapl_engine.rollout.scorer import Scorer, TokenIds

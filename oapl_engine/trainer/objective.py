@@ -1,6 +1,7 @@
 """From the recipe's [objective] to an `oapl_kernels` objective; from its declarations to advantages and normaliser."""
 
 import inspect
+from typing import Any
 
 from oapl_kernels import Objective, group_advantage, grpo_advantage
 from oapl_kernels.objectives import OBJECTIVES, with_reference_kl
@@ -19,7 +20,7 @@ def make_objective(section: ObjectiveConfig, beta2: float) -> Objective:
     if name not in OBJECTIVES and ":" not in name:
         hint = nearest(name, [*OBJECTIVES, "package.module:factory"])
         raise ConfigError(f'objective.name = "{name}" is unknown; {hint}')
-    factory = OBJECTIVES.get(name) or load_object(name, "objective.name")
+    factory: Any = OBJECTIVES.get(name) or load_object(name, "objective.name")
     allowed = inspect.signature(factory).parameters
     options = ({"beta2": beta2} if "beta2" in allowed else {}) | section.options
     for option in options:

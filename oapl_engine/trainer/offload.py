@@ -8,6 +8,7 @@ from torch import Tensor
 
 from oapl_engine.trainer.policy import Policy
 
+
 def move_trainer(policy: Policy, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
     """Move all of it to `device`, where the policy then computes; returns the bytes that moved, 0 if it is there.
 

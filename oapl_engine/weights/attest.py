@@ -15,7 +15,9 @@ Logprobs = NDArray[np.float32]
 
 # mean |difference| of probe log-probs, nats per token: rounding noise is 1e-5 (float32) and 3e-2 (bfloat16)
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15}
-STALENESS_SHARE = 0.1  # share of the tolerance: a smaller move of log-probs could hide below the rounding of bfloat16 logits
+STALENESS_SHARE = (
+    0.1  # share of the tolerance: a smaller move of log-probs could hide below the rounding of bfloat16 logits
+)
 
 
 class WeightMismatchError(RunError):
@@ -33,8 +35,8 @@ class ProbePrompts:
     """Prompts whose log-probs show that the engine computes what the trainer computes.
 
     token_ids:         2 or more per prompt
-    trainer_logprobs:  (token_ids) -> for each prompt f32 log-probs [len - 1] of its tokens but the first, at temperature
-                       1, under the weights being published
+    trainer_logprobs:  (token_ids) -> for each prompt f32 log-probs [len - 1] of its tokens but the first, at
+                       temperature 1, under the weights being published
     tolerance:         mean |difference| in nats per token
     """
 

@@ -103,4 +103,4 @@ def join_gathers(named_tensors: NamedTensors, dtype: torch.dtype, bucket_bytes: 
     for part in lay_out(named_tensors(), dtype, bucket_bytes).slices:
         while name != part.name:
             name, tensor = next(tensors)
-        flat_slice(tensor, part.start, part.count)
+        flat_slice(tensor, part.start, part.length)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 
 class BucketSlice(NamedTuple):
-    """Elements [start, start + count) of a tensor, row-major, at a byte offset of a bucket.
+    """Elements [start, start + length) of a tensor, row-major, at a byte offset of a bucket.
 
     label:   the tensor's name, with the range where the tensor is split
     name:    the tensor's
@@ -26,7 +26,7 @@ class BucketSlice(NamedTuple):
     label: str
     name: str
     start: int
-    count: int
+    length: int
     bucket: int
     offset: int
 

@@ -124,7 +124,7 @@ class Publisher:
         return PublishReport(
             version=version,
             seconds=clock.seconds,
-            bytes=sum(part.count for part in self.layout.slices) * self.dtype.itemsize,
+            bytes=sum(part.length for part in self.layout.slices) * self.dtype.itemsize,
             changed_share=sum(r["changed"] for r in reports) / sum(r["elements"] for r in reports),
             checksum=combine_checksums(expected.values()),
             gap=gap,
@@ -231,7 +231,7 @@ class Publisher:
             for part in slices:
                 if part.name != name:
                     name, tensor = self._next(offered, part.name)
-                bucket.append((part, flat_slice(tensor, part.start, part.count)))
+                bucket.append((part, flat_slice(tensor, part.start, part.length)))
             yield bucket
         for name, tensor in offered:
             raise WeightMismatchError(name, "no tensor of this name", f"one of shape {list(tensor.shape)}")
@@ -248,7 +248,7 @@ class Publisher:
     def _pack(self, view: torch.Tensor, slices: list[FilledSlice]) -> dict[str, int]:
         """Cast (round to nearest even) into the bucket. Returns checksums by label. Refuses what is not finite."""
         size = self.dtype.itemsize
-        places = [view[part.offset : part.offset + part.count * size].view(self.dtype) for part, _ in slices]
+        places = [view[part.offset : part.offset + part.length * size].view(self.dtype) for part, _ in slices]
         digests = pack_all([source.to(view.device) for _, source in slices], places)
         values = digests.cpu().to(torch.int64) & 0xFFFFFFFF  # waits for the device
         checksums = {}

@@ -6,10 +6,9 @@ from .objective import Objective, PolicyInputs, positive
 
 
 def kimi(beta2: float) -> Objective:
-    """Policy mirror descent of Kimi k1.5 (arXiv 2501.12599, eq. 2 and 3): sum_i (r_i - mean(r) - beta2 * log-ratio_i)^2.
+    """Policy mirror descent (arXiv 2501.12599, eq. 2 and 3): sum_i (r_i - mean(r) - beta2 * log-ratio_i)^2.
 
-    OAPL with the group mean as value (`group_advantage(..., beta1=inf)`) ; beta2 is the tau of
-    the paper.
+    OAPL with the group mean as value (`group_advantage(..., beta1=inf)`); beta2 is the paper's tau.
     """
     positive("beta2", beta2)
 

@@ -52,9 +52,11 @@ class StridedView:
         return StridedView(self.name, self.offset + start * self.stride[dim], shape, self.stride)
 
 
-def restrict(live: StridedView, source: StridedView, start: int, stop: int) -> Iterator[tuple[StridedView, StridedView]]:
-    """The parts of a copy whose source elements are in [start, stop): rows of the dimension with the longest stride, and
-    what is inside of the two rows at the ends.
+def restrict(
+    live: StridedView, source: StridedView, start: int, stop: int
+) -> Iterator[tuple[StridedView, StridedView]]:
+    """The parts of a copy whose source elements are in [start, stop): rows of the dimension with the longest stride,
+    and what is inside of the two rows at the ends.
 
     Example: a [4, 10] tensor, row-major, restricted to elements [12, 35): rows 2 (20…29), the end of row 1 (12…19) and
     the beginning of row 3 (30…34).

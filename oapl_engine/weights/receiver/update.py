@@ -78,7 +78,7 @@ class InPlaceUpdate:
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
     def init(self, manifest: list[Any], layout: list[Any], buffers: dict[str, Any]) -> None:
-        """Record the plan and attach the transport; arguments are the fields of control.Init, as plain lists. PlanError."""
+        """Record the plan and attach the transport. Arguments: fields of control.Init, as plain lists. PlanError."""
         entries = [TensorEntry(*entry) for entry in manifest]
         self.close()
         self.refused = None
@@ -93,7 +93,7 @@ class InPlaceUpdate:
         for part in (BucketSlice(*fields) for fields in layout):
             size = sizes[part.name]
             buffer = self.reader.buffers[part.bucket % len(self.reader.buffers)]
-            sent = buffer[part.offset : part.offset + part.count * size].view(INTEGER[size])
+            sent = buffer[part.offset : part.offset + part.length * size].view(INTEGER[size])
             copies = self._copies(part, sent, live)
             self.buckets.setdefault(part.bucket, []).append(SentSlice(part.label, part.name, sent, copies))
 
@@ -103,7 +103,7 @@ class InPlaceUpdate:
         return [
             (into.view(live[into.name]).view(sent.dtype), sent.as_strided(at.shape, at.stride, base + at.offset))
             for target, origin in self.plan.copies.get(part.name, [])
-            for into, at in restrict(target, origin, part.start, part.start + part.count)
+            for into, at in restrict(target, origin, part.start, part.start + part.length)
         ]
 
     def start(self) -> None:

@@ -112,7 +112,7 @@ def make_buckets(transport: str, size: int, folder: Path | None = None, ranks: i
 
 
 def open_reader(description: dict[str, Any], rank: int, device: torch.device) -> BucketReader:
-    """The engine's end for what Buckets.describe gave, with "transport" in it. Raises ConfigError, ValueError, OSError."""
+    """The engine's end. description: what Buckets.describe gave, and "transport". ConfigError, ValueError, OSError."""
     return _find(description["transport"]).open_reader(ReaderOptions(description, rank, device))
 
 

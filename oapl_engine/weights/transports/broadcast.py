@@ -28,9 +28,7 @@ class BroadcastBuckets(Buckets):
     """
 
     def __init__(self, backend: str, options: BucketOptions, host: str = "127.0.0.1") -> None:
-        self.views = [
-            torch.zeros(options.size, dtype=torch.uint8, device=BACKENDS[backend].device) for _ in range(2)
-        ]
+        self.views = [torch.zeros(options.size, dtype=torch.uint8, device=BACKENDS[backend].device) for _ in range(2)]
         self._listener = socket.create_server((host, 0))
         self._description = {
             "backend": backend,

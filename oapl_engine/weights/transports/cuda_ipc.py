@@ -92,7 +92,7 @@ class CudaBuckets(Buckets):
 
 
 class CudaReader(BucketReader):
-    """Maps the trainer's device memory. wait_for orders our stream after the record that came before the announcement."""
+    """Maps the trainer's memory. wait_for orders our stream after the record that came before the announcement."""
 
     driver = CudaMemory()
 

@@ -7,7 +7,7 @@ from oapl_kernels.weight_pack import (
     checksum,
     checksum_all,
     checksums,
-    combined,
+    combine_checksums,
     copy_and_count_changes,
     digest,
     pack,
@@ -100,9 +100,9 @@ def test_copy_counts_what_changed(implementation, dtype):
 
 
 def test_combined_checksums_wrap_each_half_and_forget_the_order():
-    assert combined([0xFFFFFFFF_00000001, 0x00000002_FFFFFFFF]) == combined([0x00000002_FFFFFFFF, 0xFFFFFFFF_00000001])
-    assert combined([0xFFFFFFFF_00000001, 0x00000002_FFFFFFFF]) == "0000000100000000"
-    assert combined([0x1, 0x2]) != combined([0x1, 0x3])
+    assert combine_checksums([0xFFFFFFFF_00000001, 0x00000002_FFFFFFFF]) == combine_checksums([0x00000002_FFFFFFFF, 0xFFFFFFFF_00000001])
+    assert combine_checksums([0xFFFFFFFF_00000001, 0x00000002_FFFFFFFF]) == "0000000100000000"
+    assert combine_checksums([0x1, 0x2]) != combine_checksums([0x1, 0x3])
 
 
 def test_copy_refuses_what_it_cannot_count():

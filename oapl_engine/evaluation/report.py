@@ -1,0 +1,35 @@
+"""What `oapl eval` prints and draws: a table, paired differences to the first model, pass@k over k."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from oapl_engine.evaluation.compare import evaluate_targets, evaluation_recipe, find_target
+from oapl_engine.evaluation.evaluate import compare
+from oapl_engine.report.figure import pass_at_k_table, plot_pass_at_k
+
+
+def evaluate_and_report(
+    models: Sequence[str], task: str, n: int, ks: Sequence[int], out: str, overrides: list[str]
+) -> None:
+    """Table and paired differences on stdout, progress on stderr, `pass_at_k.svg` next to the counts. ConfigError."""
+    recipe = evaluation_recipe(models, task, n, ks, overrides)
+    targets = [find_target(path) for path in models]
+    name = task.replace(":", "-") or recipe.data.task or Path(recipe.data.path).stem
+    folder = Path(out or f"runs/eval-{Path(name).stem}")
+    results = evaluate_targets(
+        targets, recipe, bool(task), folder, lambda text: print(text, file=sys.stderr, flush=True)
+    )
+    first = results[0]
+    curves = {}
+    paired = {}
+    for target, result in zip(targets, results, strict=True):
+        curves[target.label] = [(k, *result.pass_at_k(k)) for k in ks]
+        if result is not first:
+            paired[target.label] = [(k, *compare(first, result, k)) for k in ks]
+    title = f"{first.task}: {len(first.problems)} problems x {n} samples, temperature {first.temperature:g}"
+    Console(width=None if sys.stdout.isatty() else 200).print(pass_at_k_table(curves, paired, title))
+    plot_pass_at_k(curves, title, folder / "pass_at_k.svg")
+    print(f"done: models={len(results)} problems={len(first.problems)} n={n} out={folder}")

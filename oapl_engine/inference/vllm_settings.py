@@ -1,0 +1,88 @@
+"""How vLLM is set up: environment variables, engine arguments, and the running AsyncLLM.
+
+vLLM is imported here and below only, in the engine's child process.
+"""
+
+import os
+from typing import Any
+
+from oapl_engine.inference.options import EngineOptions
+from oapl_engine.weights.receiver import BACKEND
+
+CPU_BLOCK_SIZE = 32  # tokens per KV block: small blocks let short prompts be shared between samples
+
+
+def set_environment(options: EngineOptions, folder: str) -> None:
+    """vLLM reads these when it is imported. Loopback only, nothing from the network, temporary files in our folder."""
+    one_process = options.tensor_parallel == 1
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        VLLM_NO_USAGE_STATS="1",
+        DO_NOT_TRACK="1",
+        VLLM_LOGGING_LEVEL="WARNING",
+        VLLM_HOST_IP="127.0.0.1",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0" if one_process else "1",
+        TOKENIZERS_PARALLELISM="false",
+        TMPDIR=folder,
+    )
+    if not os.path.exists("/dev/nvidia0"):
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # CPU: else vLLM's sampler compiles C++ at the first request (16 s)
+    if options.cores:
+        os.sched_setaffinity(0, options.cores)
+    if not one_process and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+        cores, ranks = sorted(os.sched_getaffinity(0)), options.tensor_parallel
+        shares = [",".join(map(str, cores[r::ranks])) for r in range(ranks)]
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(shares)
+
+
+async def start_llm(options: EngineOptions) -> tuple[Any, tuple[int, ...], bool]:
+    """A running AsyncLLM, the token ids that end a response by default, and whether it runs on CPU."""
+    from vllm import AsyncEngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from oapl_engine.inference.engine_core_thread import run_core_on_a_thread
+
+    if options.tensor_parallel == 1:
+        run_core_on_a_thread()
+    on_cpu = current_platform.is_cpu()
+    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(options, on_cpu)))
+    await llm.update_weight_version(str(options.version))
+    ends = llm.model_config.try_get_generation_config().get("eos_token_id", llm.model_config.hf_config.eos_token_id)
+    if ends is None:
+        return llm, (), on_cpu
+    return llm, tuple(ends) if isinstance(ends, list) else (ends,), on_cpu
+
+
+def engine_arguments(options: EngineOptions, on_cpu: bool) -> dict[str, Any]:
+    """Arguments of vLLM's AsyncEngineArgs. On CPU eager, because there are no CUDA graphs and compiling takes long."""
+    device: dict[str, Any]
+    if on_cpu:
+        device = {
+            "kv_cache_memory_bytes": options.kv_cache_mb << 20,
+            "block_size": CPU_BLOCK_SIZE,
+            "enforce_eager": True,
+        }
+    else:
+        device = {"gpu_memory_utilization": options.memory_share, "enable_sleep_mode": True}
+    updates: dict[str, Any] = {}
+    if options.takes_updates:
+        updates = {
+            "weight_transfer_config": {"backend": BACKEND},
+            "worker_extension_cls": options.worker_extension,
+        }
+    return {
+        "model": options.model,
+        "dtype": options.dtype,
+        "tensor_parallel_size": options.tensor_parallel,
+        "max_model_len": options.max_model_len,
+        "max_num_seqs": options.max_num_seqs,
+        "seed": options.seed,
+        "enable_prefix_caching": True,
+        "skip_tokenizer_init": True,
+        "generation_config": "auto",
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+        **device,
+        **updates,
+    }
