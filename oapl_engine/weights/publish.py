@@ -20,7 +20,7 @@ from oapl_engine.weights.attest import (
     check_probes,
     check_staleness,
 )
-from oapl_engine.weights.bucket_layout import BucketLayout, NamedTensors, flat_slice, lay_out, skip_tied
+from oapl_engine.weights.bucket_layout import BucketLayout, NamedTensors, flat_slice, join_gathers, lay_out, skip_tied
 from oapl_engine.weights.control import (
     Attest,
     Bucket,
@@ -146,15 +146,13 @@ class Publisher:
                 buckets = self.buckets or self._attach()
             self._update(Start(version))
         except Exception:
-            self._join_gathers()
+            self.join_gathers()
             raise
         return buckets
 
-    def _join_gathers(self) -> None:
-        """After a failure: the other ranks of a sharded trainer wait in the gathers of the buckets that follow."""
-        with contextlib.suppress(WeightMismatchError):
-            for _ in self._gathered():
-                pass
+    def join_gathers(self) -> None:
+        """Instead of a publish that cannot begin: the other ranks of a sharded trainer wait in these gathers."""
+        join_gathers(self.named_tensors, self.dtype, self.bucket_bytes)
 
     def _update(self, request: UpdateRequest) -> UpdateReply:
         reply = self.control.update(request)
@@ -217,7 +215,7 @@ class Publisher:
         buckets.wait(index)
         with clock("pack"):
             checksums = self._pack(buckets.views[index], slices)
-        length = last.offset + last.count * self.dtype.itemsize
+        length = last.offset + last.length * self.dtype.itemsize
         buckets.send(index, length)
         under_way.append(self._sender.submit(self._update, Bucket(last.bucket, length, checksums)))
         return checksums
@@ -289,7 +287,11 @@ def publish_paused(publisher: Publisher, version: int, mode: str = "drain") -> P
 
     After a WeightMismatchError the engine stays paused: publish a complete later version.
     """
-    publisher.control.pause(mode)
+    try:
+        publisher.control.pause(mode)
+    except Exception:
+        publisher.join_gathers()
+        raise
     report = publisher.publish(version)
     publisher.control.resume()
     return report

@@ -75,10 +75,10 @@ def test_replay_equals_load_weights(one_rank, tmp_path, name):
     live = dict(live_parameters(ours).values())
     with torch.no_grad():
         for region, value in plan.padding:
-            region.of(live[region.name]).fill_(value)
+            region.view(live[region.name]).fill_(value)
         for source, pairs in plan.copies.items():
             for to, at in pairs:
-                to.of(live[to.name]).copy_(at.of(weights[source]))
+                to.view(live[to.name]).copy_(at.view(weights[source]))
         theirs.load_weights(weights.items())
     for (parameter, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b), parameter

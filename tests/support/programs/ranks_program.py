@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from oapl_engine import config
 from oapl_engine.distributed import Ranks, join_ranks
 from oapl_engine.rollout_log.interchange import Limits, read_rollouts
+from oapl_engine.trainer.loading import load_policy
 from oapl_engine.trainer.objective import make_objective
 from oapl_engine.trainer.optimizer import make_optimizer
 from oapl_engine.trainer.packing import share_groups
-from oapl_engine.trainer.loading import load_policy
 from oapl_engine.trainer.selection import exchange_groups, select_rollouts
 from oapl_engine.trainer.step import accumulate_gradients, sum_gradients, train_step
 

@@ -1,40 +1,38 @@
-"""A receiver as a process of its own: requests and replies are JSON lines; `parameters` gives the live bytes."""
+"""A receiver as a process of its own: requests and replies are JSON lines; Inspect gives the live bytes. RANK"""
 
 import json
 import sys
 from pathlib import Path
 
+import msgspec
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
+from oapl_engine.weights.control import Inspect, UpdateReply, UpdateRequest
 from oapl_engine.weights.receiver.update import InPlaceUpdate
+from tests.support.engines import carry_out
 from tests.support.fused_model import FusedModel
 
 
-def answer(update, phase, payload):
-    error = found = None
+def answer(update, request):
+    if isinstance(request, Inspect):
+        named = update.model.named_parameters()
+        return UpdateReply(reports=[{n: p.detach().view(torch.uint8).flatten().tolist() for n, p in named}])
+    error = None
     try:
-        if phase == "init":
-            update.init(**payload, unused=[])
-        elif phase == "start":
-            update.start()
-        elif phase == "bucket":
-            update.receive(**payload)
-        elif phase == "finish":
-            update.finish()
-        elif phase == "parameters":
-            found = {n: p.detach().view(torch.uint8).flatten().tolist() for n, p in update.model.named_parameters()}
+        carry_out(update, request)
     except Exception as refusal:
         error = f"{type(refusal).__name__}: {refusal}"
-    return {"error": error, "reports": [update.report()], "found": found}
+    return UpdateReply(error=error, reports=[update.report()])
 
 
 def main():
     torch.set_num_threads(1)
     update = InPlaceUpdate(FusedModel(), int(sys.argv[1]))
     for line in sys.stdin:
-        print(json.dumps(answer(update, *json.loads(line))), flush=True)
+        request = msgspec.convert(json.loads(line), UpdateRequest)
+        print(json.dumps(msgspec.to_builtins(answer(update, request))), flush=True)
 
 
 if __name__ == "__main__":

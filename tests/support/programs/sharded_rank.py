@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from oapl_engine.weights import bucket_layout as layout
-from oapl_engine.weights.publish import Publisher
+from oapl_engine.weights.publish import Publisher, publish_paused
+from tests.support.engines import ReceiverEngine
 from tests.support.fused_model import FEW, HIDDEN, FusedModel, trainer_tensors
-from tests.unit.weights.test_publish import Engine
 
 BUCKET = 160  # bytes, 40 elements: all matrices are split
 
@@ -32,15 +32,15 @@ class Trainer(nn.Module):
 
 def watch(seen):
     """Count what is gathered."""
-    original = layout.elements
+    original = layout.flat_slice
 
     def counted(tensor, start, count):
         found = original(tensor, start, count)
         seen.append(found.untyped_storage().nbytes() // found.element_size())
         return found
 
-    layout.elements = counted
-    sys.modules["oapl_engine.weights.publish"].elements = counted
+    layout.flat_slice = counted
+    sys.modules["oapl_engine.weights.publish"].flat_slice = counted
 
 
 def main():
@@ -51,14 +51,14 @@ def main():
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     seen, refused = [], []
     watch(seen)
-    engine = Engine(FusedModel())
-    publisher = Publisher(model.named_parameters, engine.control, BUCKET, torch.float32)
+    engine = ReceiverEngine(FusedModel())
+    publisher = Publisher(model.named_parameters, engine, bucket_bytes=BUCKET, dtype=torch.float32)
     for version, dies in enumerate(("pause", None, "bucket", "start", "pause", None), 1):
         if rank == 0 and dies:  # its engine: the other rank must not notice
-            engine.before[dies] = lambda payload: (_ for _ in ()).throw(ConnectionError("dead"))
+            engine.before[dies] = lambda request: (_ for _ in ()).throw(ConnectionError("dead"))
         try:
             if rank < engines:
-                publisher.publish(version)
+                publish_paused(publisher, version)
             else:
                 layout.join_gathers(model.named_parameters, torch.float32, BUCKET)
         except ConnectionError as error:
@@ -66,7 +66,7 @@ def main():
             engine.before.clear()
     fresh = FusedModel()
     fresh.load_weights(trainer_tensors().items())
-    pairs = zip(engine.update.model.parameters(), fresh.parameters(), strict=True)
+    pairs = zip(engine.receiver.model.parameters(), fresh.parameters(), strict=True)
     report = {
         "identical": all(torch.equal(a, b) for a, b in pairs) if rank < engines else None,
         "largest": max(seen),

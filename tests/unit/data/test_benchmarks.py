@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from oapl_engine.config import DataConfig
 from oapl_engine.data.benchmarks import BENCHMARKS, benchmark_source
 from oapl_engine.errors import ConfigError
 from oapl_engine.rewards import verify
@@ -17,7 +18,7 @@ def write(path, *rows):
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_local_file_is_scored_by_math_verify(tmp_path, name):
     rows = [{"problem": "1 + 1?", "answer": "2"}, {"problem": "half of 3?", "answer": "\\frac{3}{2}", "year": 2025}]
-    source = benchmark_source(name, write(tmp_path / "x.jsonl", *rows), {})
+    source = benchmark_source(DataConfig(task=name, path=write(tmp_path / "x.jsonl", *rows), options={}))
     problems = [source.problem(i) for i in range(source.size)]
     assert {p.question for p in problems} == {"1 + 1?", "half of 3?"}
     assert (source.verifier, source.finite, source.name) == ("math", True, name)
@@ -29,19 +30,19 @@ def test_a_local_file_is_scored_by_math_verify(tmp_path, name):
 
 def test_the_final_answer_of_gsm8k(tmp_path):
     rows = [{"question": "How much?", "answer": "9*8*15 = <<9*8*15=1080>>1,080\n#### 1,080"}]
-    source = benchmark_source("gsm8k", write(tmp_path / "x.jsonl", *rows), {})
+    source = benchmark_source(DataConfig(task="gsm8k", path=write(tmp_path / "x.jsonl", *rows), options={}))
     assert source.problem(0).record["answer"] == "1080"
 
 
 def test_bad_files_and_names(tmp_path):
     path = write(tmp_path / "x.jsonl", {"problem": "1 + 1?", "answer": "2"}, {"task": "?", "solution": "2"})
     with pytest.raises(ConfigError, match=r"x\.jsonl, line 2: columns task, solution; needed are problem .*answer"):
-        benchmark_source("aime25", path, {})
+        benchmark_source(DataConfig(task="aime25", path=path, options={}))
     with pytest.raises(ConfigError, match="did you mean aime25"):
-        benchmark_source("aime_25", path, {})
+        benchmark_source(DataConfig(task="aime_25", path=path, options={}))
 
 
 def test_without_the_hub_the_error_names_the_columns_of_a_local_file(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError, match=r"math-ai/aime25.*--data\.path FILE\.jsonl, columns problem"):
-        benchmark_source("aime25", "", {})
+        benchmark_source(DataConfig(task="aime25", path="", options={}))

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oapl_engine.config import DataConfig
 from oapl_engine.data.micro import VOCABULARY, micro_source, micro_tokenizer
 from oapl_engine.errors import ConfigError
 from oapl_engine.rewards import verify
@@ -32,14 +33,14 @@ def test_tokenizer_survives_saving(tmp_path):
 
 @given(st.integers(0, 10**9), st.integers(1, 9))
 def test_sort_is_sorted(index, digits):
-    problem = micro_source("sort", {"digits": digits}).problem(index)
+    problem = micro_source(DataConfig(task="sort", options={"digits": digits})).problem(index)
     assert re.fullmatch(rf"\d{{{digits}}}>", problem.question)
     assert problem.record["answer"] == "".join(sorted(problem.question[:-1]))
 
 
 @given(st.integers(0, 10**9))
 def test_addition_is_right_and_its_scratchpad_adds_up(index):
-    problem = micro_source("addition", {}).problem(index)
+    problem = micro_source(DataConfig(task="addition", options={})).problem(index)
     a, b = map(int, re.fullmatch(r"(\d{3})\+(\d{3})=", problem.question).groups())
     pad, _, result = problem.record["solution"].partition(">")
     assert int(problem.record["answer"]) == int(result) == a + b
@@ -49,7 +50,7 @@ def test_addition_is_right_and_its_scratchpad_adds_up(index):
 
 @pytest.mark.parametrize("name", ["sort", "addition"])
 def test_solution_scores_one_and_another_scores_zero(name):
-    source = micro_source(name, {})
+    source = micro_source(DataConfig(task=name, options={}))
     first, second = source.problem(0), source.problem(1)
     for response, reward in ((first.record["solution"], 1.0), (second.record["solution"], 0.0)):
         assert verify(source.verifier, response, first.record, source.verifier_options).reward == reward
@@ -67,4 +68,4 @@ def test_solution_scores_one_and_another_scores_zero(name):
 )
 def test_bad_options_are_named(task, options, message):
     with pytest.raises(ConfigError, match=message):
-        micro_source(task, options)
+        micro_source(DataConfig(task=task, options=options))

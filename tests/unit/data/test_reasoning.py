@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from oapl_engine.config import DataConfig
-from oapl_engine.data import load_task
 from oapl_engine.data.micro import micro_tokenizer
 from oapl_engine.data.reasoning import reasoning_source
+from oapl_engine.data.task import load_task
 from oapl_engine.errors import ConfigError
 from oapl_engine.rewards import verify
 
@@ -43,11 +43,11 @@ def test_a_task_by_name_with_options():
 )
 def test_bad_names_and_options_are_named(task, options, message):
     with pytest.raises(ConfigError, match=message):
-        reasoning_source(task, options)
+        reasoning_source(DataConfig(task=task, options=options))
 
 
 def question(task, **options):
-    return reasoning_source(task, options).problem(3).question
+    return reasoning_source(DataConfig(task=task, options=options)).problem(3).question
 
 
 def test_the_question_is_the_data_sets_own_unless_a_field_is_named():
@@ -57,7 +57,7 @@ def test_the_question_is_the_data_sets_own_unless_a_field_is_named():
 
 @pytest.mark.parametrize("task", ["gsm_symbolic", "time_intervals", "calendar_arithmetic", "rearc", "simple_equations"])
 def test_records_are_json_and_score_their_own_answers(task):
-    source = reasoning_source(task, {"size": 50})
+    source = reasoning_source(DataConfig(task=task, options={"size": 50}))
     for record in (source.problem(i).record for i in range(20)):
         assert json.loads(json.dumps(record)) == record
         assert verify("reasoning_gym", record["entry"]["answer"], record).reward == 1
@@ -71,13 +71,14 @@ class Absent(importlib.abc.MetaPathFinder):
         if name == "pycosat":
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
-from oapl_engine.errors import ConfigError
+from oapl_engine.config import DataConfig
 from oapl_engine.data.reasoning import reasoning_source
+from oapl_engine.errors import ConfigError
 from oapl_engine.rewards import verify
-source = reasoning_source("gcd", {})
+source = reasoning_source(DataConfig(task="gcd", options={}))
 print(verify("reasoning_gym", source.problem(0).record["entry"]["answer"], source.problem(0).record).reward)
 try:
-    reasoning_source("zebra_puzzles", {})
+    reasoning_source(DataConfig(task="zebra_puzzles", options={}))
 except ConfigError as error:
     print(error)
 """

@@ -9,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oapl_engine.config import DataConfig
-from oapl_engine.data import load_task
 from oapl_engine.data.micro import micro_tokenizer
 from oapl_engine.data.problem import Problem, Source
 from oapl_engine.data.render import renderer
-from oapl_engine.data.task import build_task
+from oapl_engine.data.task import Task, load_task
 from oapl_engine.errors import ConfigError
 
 TOKENIZER = micro_tokenizer()
@@ -35,7 +34,7 @@ def source(texts, finite=True):
 
 def task(texts, seed=0, held_out=0, limit=512, finite=True):
     data = DataConfig(source="micro", template="raw", held_out=held_out, max_prompt_tokens=limit)
-    return build_task(source(texts, finite), data, seed, renderer(data, TOKENIZER))
+    return Task(source(texts, finite), data, seed, renderer(data, TOKENIZER))
 
 
 def text(prompt):
@@ -120,7 +119,7 @@ def test_generated_problems_are_made_only_when_asked_for():
         return Problem(f"p{i}", str(i), {})
 
     data = DataConfig(source="micro", template="raw", held_out=3)
-    t = build_task(Source("s", 10**6, problem, False, "exact"), data, 0, renderer(data, TOKENIZER))
+    t = Task(Source("s", 10**6, problem, False, "exact"), data, 0, renderer(data, TOKENIZER))
     t.prompt(12_345)
     assert len(made) == 4
 

@@ -100,7 +100,9 @@ def test_copy_counts_what_changed(implementation, dtype):
 
 
 def test_combined_checksums_wrap_each_half_and_forget_the_order():
-    assert combine_checksums([0xFFFFFFFF_00000001, 0x00000002_FFFFFFFF]) == combine_checksums([0x00000002_FFFFFFFF, 0xFFFFFFFF_00000001])
+    assert combine_checksums([0xFFFFFFFF_00000001, 0x00000002_FFFFFFFF]) == combine_checksums(
+        [0x00000002_FFFFFFFF, 0xFFFFFFFF_00000001]
+    )
     assert combine_checksums([0xFFFFFFFF_00000001, 0x00000002_FFFFFFFF]) == "0000000100000000"
     assert combine_checksums([0x1, 0x2]) != combine_checksums([0x1, 0x3])
 

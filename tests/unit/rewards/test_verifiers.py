@@ -103,7 +103,7 @@ def test_reasoning_gym_with_extraction():
     ("name", "options", "message"),
     [
         ("exakt", {}, "did you mean exact"),
-        ("code", {}, "is no verifier; there are: exact, math"),
+        ("code", {}, "is not a verifier; there are: exact, math"),
         ("exact", {"extrakt": "all"}, "extrakt: unknown"),
         ("exact", {"extract": "last"}, "'last': one of all"),
         ("exact", {"extract": "after"}, "marker = ''"),

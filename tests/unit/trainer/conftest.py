@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from oapl_engine.samples import Group, Prompt, Rollout, Span
-from oapl_engine.trainer.packing import TrainGroup
 from oapl_engine.trainer.loading import choose_packing_mode
+from oapl_engine.trainer.packing import TrainGroup
 from oapl_engine.trainer.policy import Policy
 
 VOCABULARY = 97

@@ -75,7 +75,9 @@ def test_forms_against_dense_mask(form, window, softcap):
     if form == "segments":
         out = segment_attention(*inputs, plan, AttentionOptions(0.3, window, softcap))
     else:
-        out = varlen_attention(*(x[0] for x in inputs), plan, plain_varlen, AttentionOptions(0.3, window, softcap))[None]
+        out = varlen_attention(*(x[0] for x in inputs), plan, plain_varlen, AttentionOptions(0.3, window, softcap))[
+            None
+        ]
     torch.testing.assert_close(out, dense(*inputs, window, softcap), atol=1e-12, rtol=1e-12)
     for found, wanted in zip(torch.autograd.grad((out * upstream).sum(), inputs), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-11, rtol=1e-11)

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from oapl_engine import config
 from oapl_engine.trainer import checkpoint
 from oapl_engine.trainer.checkpoint import CheckpointError, load_newest, restore, resume_policy, save, weight_hash
+from oapl_engine.trainer.loading import load_policy
 from oapl_engine.trainer.optimizer import make_optimizer
 from oapl_engine.trainer.packing import pack
-from oapl_engine.trainer.loading import load_policy
 from oapl_engine.trainer.policy import published_weights
 from oapl_engine.trainer.step import train_step
 

@@ -12,9 +12,9 @@ from oapl_kernels.objectives import OBJECTIVES, oapl
 
 from oapl_engine import config
 from oapl_engine.trainer import attention
+from oapl_engine.trainer.loading import _prepare_training
 from oapl_engine.trainer.objective import make_objective
 from oapl_engine.trainer.packing import pack
-from oapl_engine.trainer.loading import _prepare_training
 from oapl_engine.trainer.score import fill_logprobs, score
 from oapl_engine.trainer.step import accumulate_gradients
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GptO
 
 from oapl_engine import config
 from oapl_engine.errors import ConfigError
+from oapl_engine.trainer.loading import choose_packing_mode, load_policy
 from oapl_engine.trainer.packing import pack
 from oapl_engine.trainer.packing_mode import PACKING_MODES
-from oapl_engine.trainer.loading import choose_packing_mode, load_policy
 from oapl_engine.trainer.policy import Policy
 from oapl_engine.trainer.score import score
 from oapl_engine.trainer.step import accumulate_gradients

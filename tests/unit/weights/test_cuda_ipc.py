@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from oapl_engine.weights.attest import WeightMismatchError
-from oapl_engine.weights.publish import Publisher
-from oapl_engine.weights.receiver.cuda_memory import CudaMemory
-from oapl_engine.weights.receiver.inbox import CudaInbox
-from oapl_engine.weights.transports.cuda_ipc import CudaBuckets
-from tests.unit.weights.test_publish import Engine, assert_identical
+from oapl_engine.weights.publish import Publisher, publish_paused
+from oapl_engine.weights.transports import ReaderOptions, make_buckets
+from oapl_engine.weights.transports.cuda_ipc import CudaBuckets, CudaMemory, CudaReader
+from tests.support.engines import ReceiverEngine, assert_identical
 
 
 class Event:
@@ -69,14 +68,18 @@ class Driver:
 def driver(monkeypatch):
     driver = Driver()
     monkeypatch.setattr(CudaBuckets, "driver", driver)
-    monkeypatch.setattr(CudaInbox, "driver", driver)
+    monkeypatch.setattr(CudaReader, "driver", driver)
     return driver
+
+
+def cuda_buckets(size):
+    return make_buckets("cuda_ipc", size)
 
 
 @pytest.fixture
 def pair(driver, fused_model, tensors):
-    engine, trainer = Engine(fused_model()), tensors()
-    publisher = Publisher(trainer.items, engine.control, 512, torch.float32, make_buckets=CudaBuckets)
+    engine, trainer = ReceiverEngine(fused_model()), tensors()
+    publisher = Publisher(trainer.items, engine, bucket_bytes=512, dtype=torch.float32, make_buckets=cuda_buckets)
     yield engine, publisher, trainer
     publisher.close()
 
@@ -85,16 +88,16 @@ def test_three_versions_arrive_through_both_buckets(pair, fused_model):
     engine, publisher, trainer = pair
     for version in (1, 2, 3):
         trainer["k"] += version
-        publisher.publish(version)
-        assert_identical(engine.update.model, trainer, fused_model)
+        publish_paused(publisher, version)
+        assert_identical(engine.receiver.model, trainer, fused_model)
     assert engine.phases.count("bucket") > 2 * 3
 
 
 @pytest.mark.parametrize("fault", ["never recorded", "announced before it is recorded"])
 def test_an_announcement_without_a_record_before_it_is_caught(pair, monkeypatch, fault):
     engine, publisher, trainer = pair
-    publisher.publish(1)
-    before = engine.update.model.qkv.clone()
+    publish_paused(publisher, 1)
+    before = engine.receiver.model.qkv.clone()
     late = {}
     monkeypatch.setattr(CudaBuckets, "send", lambda self, index, length: late.update({index: self.events[index]}))
     if fault.startswith("announced"):
@@ -104,31 +107,31 @@ def test_an_announcement_without_a_record_before_it_is_caught(pair, monkeypatch,
     for tensor in trainer.values():
         tensor += 1
     with pytest.raises(WeightMismatchError, match=r"^embed: expected checksum .* in the bucket"):
-        publisher.publish(2)
-    assert torch.equal(engine.update.model.qkv, before)
+        publish_paused(publisher, 2)
+    assert torch.equal(engine.receiver.model.qkv, before)
     assert not engine.serving
 
 
 def test_a_new_init_lets_go_of_the_handles_before(pair, driver):
     engine, publisher, _ = pair
     for version in range(1, 5):
-        publisher.publish(version)
+        publish_paused(publisher, version)
         publisher.engine_restarted()
     gc.collect()
     assert (len(driver.owned), len(driver.mapped)) == (0, 2), "the trainer freed its buckets; the engine maps the last"
-    engine.update.close()
+    engine.receiver.close()
     gc.collect()
     assert len(driver.mapped) == 0
 
 
 def test_a_bucket_of_a_dead_trainer_cannot_be_attached(pair, driver):
     _, publisher, _ = pair
-    publisher.publish(1)
-    description = publisher._buckets.describe()
+    publish_paused(publisher, 1)
+    description = publisher.buckets.describe()
     publisher.close()
     gc.collect()
     with pytest.raises(ValueError, match="is it alive"):
-        CudaInbox(description)
+        CudaReader(ReaderOptions(description, 0, torch.device("cpu")))
 
 
 def exported(handle):

@@ -4,78 +4,28 @@ import numpy as np
 import pytest
 import torch
 
-from oapl_engine.weights.attest import Golden, WeightMismatchError
+from oapl_engine.weights.attest import ProbePrompts, WeightMismatchError
 from oapl_engine.weights.bucket_layout import lay_out
-from oapl_engine.weights.publish import Publisher
-from oapl_engine.weights.receiver.plan import PlanError
+from oapl_engine.weights.publish import Publisher, publish_paused
 from oapl_engine.weights.receiver.update import InPlaceUpdate
-
-
-class Engine:
-    """The engine's side in this process: the real receiver behind the state machine of the engine process."""
-
-    def __init__(self, model):
-        self.update = InPlaceUpdate(model)
-        self.serving, self.version, self.phases = True, 0, []
-        self.answers = None  # log-probs that score gives instead of the model's
-        self.before = {}  # phase → what happens first
-
-    def control(self, phase, payload):
-        self.phases.append(phase)
-        self.before.get(phase, lambda p: None)(payload)
-        if phase == "score":
-            return logprobs(self.update.model, payload["token_ids"]) if self.answers is None else self.answers
-        if phase in ("pause", "resume"):
-            self.serving = phase == "resume"
-            return None
-        return self._transfer(phase, payload)
-
-    def _transfer(self, phase, payload):
-        error = None
-        try:
-            if phase == "init":
-                self.update.init(**payload, unused=[])
-            elif phase == "start":
-                self.update.start()
-                self.version = payload["version"]
-            elif phase == "bucket":
-                self.update.receive(**payload)
-            elif phase == "finish":
-                self.update.finish()
-        except PlanError as refusal:
-            error = str(refusal)
-        return {"error": error, "reports": [self.update.report()]}
-
-
-def logprobs(model, token_ids):
-    """Of a bigram model made of a FusedModel: enough for weights to matter."""
-    hidden = model.embed[token_ids[:-1]] @ model.down.t() + model.norm
-    scores = (hidden @ model.qkv[: len(model.norm)].t() @ model.embed[:10].t()).log_softmax(-1)
-    return scores[range(len(token_ids) - 1), token_ids[1:]].detach().numpy()
+from tests.support.engines import ReceiverEngine, assert_identical, bigram_logprobs
 
 
 @pytest.fixture
 def pair(fused_model, tensors):
     """(engine, publisher, trainer): the trainer's tensors by name, changed by tests at will."""
     trainer = tensors()
-    engine = Engine(fused_model())
-    twin = fused_model()
+    engine = ReceiverEngine(fused_model())
+    equal = fused_model()
 
     def truth(prompts):
-        twin.load_weights(trainer.items())
-        return [logprobs(twin, p) for p in prompts]
+        equal.load_weights(trainer.items())
+        return [bigram_logprobs(equal, p) for p in prompts]
 
-    golden = Golden([[1, 2, 3, 4], [5, 6, 7]], truth, 1e-3)
-    publisher = Publisher(trainer.items, engine.control, bucket_bytes=512, dtype=torch.float32, golden=golden)
+    probes = ProbePrompts([[1, 2, 3, 4], [5, 6, 7]], truth, 1e-3)
+    publisher = Publisher(trainer.items, engine, bucket_bytes=512, dtype=torch.float32, probes=probes)
     yield engine, publisher, trainer
     publisher.close()
-
-
-def assert_identical(model, trainer, fused_model):
-    fresh = fused_model(model.norm.dtype)
-    fresh.load_weights((name, t.to(model.norm.dtype)) for name, t in trainer.items())
-    for (name, a), b in zip(model.named_parameters(), fresh.parameters(), strict=True):
-        assert torch.equal(a, b), name
 
 
 def change(trainer):
@@ -87,8 +37,8 @@ def test_after_each_of_three_publishes_the_engine_equals_a_freshly_loaded_model(
     engine, publisher, trainer = pair
     for version in (1, 2, 3):
         change(trainer)
-        report = publisher.publish(version)
-        assert_identical(engine.update.model, trainer, fused_model)
+        report = publish_paused(publisher, version)
+        assert_identical(engine.receiver.model, trainer, fused_model)
         assert engine.serving
         assert report.bytes == sum(t.nbytes for t in trainer.values())
     assert engine.phases.count("init") == 1
@@ -97,12 +47,12 @@ def test_after_each_of_three_publishes_the_engine_equals_a_freshly_loaded_model(
 
 def test_the_checksum_of_a_version_depends_on_its_bytes_only(pair):
     _, publisher, trainer = pair
-    first = publisher.publish(1)
-    again = publisher.publish(2)
+    first = publish_paused(publisher, 1)
+    again = publish_paused(publisher, 2)
     assert first.checksum == again.checksum
     assert again.changed_share == 0
     trainer["norm"][0] += 1
-    third = publisher.publish(3)
+    third = publish_paused(publisher, 3)
     assert third.checksum != first.checksum
     assert third.changed_share == pytest.approx(1 / (16 * 8 + 24 * 8 + 8 * 8 + 8))
 
@@ -111,10 +61,10 @@ def test_float32_weights_are_rounded_to_the_nearest_even_bfloat16(fused_model, t
     trainer = tensors()
     bits = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0, 0, 0, 0], dtype=torch.int32)
     trainer["norm"] = bits.view(torch.float32)
-    engine = Engine(fused_model(torch.bfloat16))
-    publisher = Publisher(trainer.items, engine.control, dtype=torch.bfloat16)
-    publisher.publish(1)
-    found = engine.update.model.norm.data.view(torch.int16)[:4].tolist()
+    engine = ReceiverEngine(fused_model(torch.bfloat16))
+    publisher = Publisher(trainer.items, engine, dtype=torch.bfloat16)
+    publish_paused(publisher, 1)
+    found = engine.receiver.model.norm.data.view(torch.int16)[:4].tolist()
     assert found == [0x3F80, 0x3F82, 0x3F81, 0x3F80]
     publisher.close()
 
@@ -122,81 +72,81 @@ def test_float32_weights_are_rounded_to_the_nearest_even_bfloat16(fused_model, t
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_refused_by_name(pair, value):
     engine, publisher, trainer = pair
-    publisher.publish(1)
+    publish_paused(publisher, 1)
     trainer["k"][2, 3] = value
     with pytest.raises(WeightMismatchError) as refusal:
-        publisher.publish(2)
+        publish_paused(publisher, 2)
     assert refusal.value.parameter == "k"
     assert not engine.serving
 
 
 def test_a_flipped_bit_is_refused_by_name_and_nothing_of_its_bucket_reaches_the_model(pair, fused_model):
     engine, publisher, trainer = pair
-    publisher.publish(1)
-    before = engine.update.model.qkv.clone()
+    publish_paused(publisher, 1)
+    before = engine.receiver.model.qkv.clone()
 
-    def flip(payload):
-        if "k" in payload["checksums"]:
-            piece = next(p for p in publisher._layout.pieces if p.name == "k")
-            publisher._buckets.views[piece.bucket % 2][piece.offset + 5] ^= 1
+    def flip(request):
+        if "k" in request.checksums:
+            piece = next(p for p in publisher.layout.slices if p.name == "k")
+            publisher.buckets.views[piece.bucket % 2][piece.offset + 5] ^= 1
 
     engine.before["bucket"] = flip
     change(trainer)
     with pytest.raises(WeightMismatchError, match=r"^k: expected checksum"):
-        publisher.publish(2)
-    assert torch.equal(engine.update.model.qkv[:16], before[:16]), "q travels with k"
+        publish_paused(publisher, 2)
+    assert torch.equal(engine.receiver.model.qkv[:16], before[:16]), "q travels with k"
     assert not engine.serving
     engine.before.clear()
-    publisher.publish(3)
-    assert_identical(engine.update.model, trainer, fused_model)
+    publish_paused(publisher, 3)
+    assert_identical(engine.receiver.model, trainer, fused_model)
 
 
 def test_a_tensor_left_out_by_the_trainer_is_refused_by_name(pair):
     engine, publisher, trainer = pair
-    publisher.publish(1)
+    publish_paused(publisher, 1)
     del trainer["v"]
     with pytest.raises(WeightMismatchError) as refusal:
-        publisher.publish(2)
+        publish_paused(publisher, 2)
     assert refusal.value.parameter == "v"
     assert not engine.serving
 
 
 def test_a_tensor_that_got_lost_on_the_way_is_refused_by_name(pair):
     engine, publisher, _ = pair
-    engine.before["bucket"] = lambda payload: payload["checksums"].pop("down", None)
+    engine.before["bucket"] = lambda request: request.checksums.pop("down", None)
     with pytest.raises(WeightMismatchError, match=r"^down: expected to arrive"):
-        publisher.publish(1)
+        publish_paused(publisher, 1)
     assert not engine.serving
 
 
 def test_a_reshaped_or_additional_tensor_is_refused_by_name(pair):
     engine, publisher, trainer = pair
-    publisher.publish(1)
+    publish_paused(publisher, 1)
     trainer["norm"] = torch.zeros(4, 2)
     with pytest.raises(WeightMismatchError, match=r"^norm: expected shape \[8\]"):
-        publisher.publish(2)
+        publish_paused(publisher, 2)
     trainer["norm"] = torch.zeros(8)
-    publisher.publish(3)
+    publish_paused(publisher, 3)
     trainer["extra"] = torch.zeros(3)
     with pytest.raises(WeightMismatchError, match=r"^extra: expected no tensor"):
-        publisher.publish(4)
+        publish_paused(publisher, 4)
     with pytest.raises(WeightMismatchError, match=r"^extra: expected to be used by load_weights"):
-        publisher.publish(5)
+        publish_paused(publisher, 5)
     assert not engine.serving
 
 
 def test_live_bytes_that_differ_from_what_was_sent_are_refused_by_name(pair):
     engine, publisher, _ = pair
-    report = engine.update.report
+    report = engine.receiver.report
 
     def corrupted():
         found = report()
         found["checksums"] = {n: v ^ (n == "embed") for n, v in found["checksums"].items()}
         return found
 
-    engine.update.report = corrupted
+    engine.receiver.report = corrupted
     with pytest.raises(WeightMismatchError, match=r"^embed: expected checksum"):
-        publisher.publish(1)
+        publish_paused(publisher, 1)
     assert not engine.serving
 
 
@@ -204,44 +154,44 @@ def test_old_log_probs_where_the_trainers_moved_are_refused_as_stale(pair):
     engine, publisher, trainer = pair
     engine.answers = np.full(3, -2.0, np.float32)
     moving = [np.full(3, -2.0, np.float32)]
-    publisher.golden = Golden([[1, 2, 3, 4]], lambda prompts: [moving[0]], 1e-3)
-    publisher.publish(1)
+    publisher.probes = ProbePrompts([[1, 2, 3, 4]], lambda prompts: [moving[0]], 1e-3)
+    publish_paused(publisher, 1)
     moving[0] = moving[0] + 5e-5
-    publisher.publish(2)
+    publish_paused(publisher, 2)
     moving[0] = moving[0] + 2e-4
-    publisher.publish(3)  # not a bit of the engine's changed: its log-probs may stay
+    publish_paused(publisher, 3)  # not a bit of the engine's changed: its log-probs may stay
     moving[0] = moving[0] + 2e-4
     change(trainer)
-    with pytest.raises(WeightMismatchError, match="golden prompts: expected new log-probs"):
-        publisher.publish(4)
+    with pytest.raises(WeightMismatchError, match="probe prompts: expected new log-probs"):
+        publish_paused(publisher, 4)
     assert not engine.serving
 
 
 def test_log_probs_far_from_the_trainers_are_refused(pair):
     engine, publisher, _ = pair
     engine.answers = np.full(3, -2.0, np.float32)
-    publisher.golden = Golden([[1, 2, 3, 4]], lambda prompts: [np.full(3, -2.1, np.float32)], 1e-3)
-    with pytest.raises(WeightMismatchError, match=r"golden prompt 0: .*mean difference of 0\.1"):
-        publisher.publish(1)
+    publisher.probes = ProbePrompts([[1, 2, 3, 4]], lambda prompts: [np.full(3, -2.1, np.float32)], 1e-3)
+    with pytest.raises(WeightMismatchError, match=r"probe prompt 0: .*mean difference of 0\.1"):
+        publish_paused(publisher, 1)
     engine.answers = np.full(3, np.nan, np.float32)
-    with pytest.raises(WeightMismatchError, match="golden prompt 0"):
-        publisher.publish(2)
+    with pytest.raises(WeightMismatchError, match="probe prompt 0"):
+        publish_paused(publisher, 2)
     assert not engine.serving
 
 
 def test_a_restarted_engine_gets_its_plan_and_buckets_again(pair, fused_model):
     engine, publisher, trainer = pair
-    publisher.publish(1)
-    engine.update = InPlaceUpdate(fused_model())
+    publish_paused(publisher, 1)
+    engine.receiver = InPlaceUpdate(fused_model())
     publisher.engine_restarted()
-    publisher.publish(2)
-    assert_identical(engine.update.model, trainer, fused_model)
+    publish_paused(publisher, 2)
+    assert_identical(engine.receiver.model, trainer, fused_model)
 
 
 def test_tied_tensors_travel_once(pair):
     _, publisher, trainer = pair
     trainer["head"] = trainer["embed"]
-    report = publisher.publish(1)
+    report = publish_paused(publisher, 1)
     assert report.bytes == sum(t.nbytes for n, t in trainer.items() if n != "head")
 
 
@@ -251,26 +201,26 @@ def test_a_layout_never_overlaps_stays_within_its_bucket_and_splits_between_rows
     layout = lay_out(tensors, torch.bfloat16, 512)
     assert layout.size <= 512
     ends, covered = {}, {}
-    for piece in layout.pieces:
+    for piece in layout.slices:
         assert piece.offset % 64 == 0
         assert piece.offset >= ends.get(piece.bucket, 0)
-        ends[piece.bucket] = piece.offset + 2 * piece.count
+        ends[piece.bucket] = piece.offset + 2 * piece.length
         assert ends[piece.bucket] <= layout.size
         assert piece.start == covered.get(piece.name, 0), "in order, without gaps"
-        covered[piece.name] = piece.start + piece.count
+        covered[piece.name] = piece.start + piece.length
     assert covered == {name: t.numel() for name, t in tensors}
-    assert [p.count for p in layout.pieces if p.name == "4"] == [200] * 5, "two rows of 100 fit"
-    assert [p.count for p in layout.pieces if p.name == "6"] == [256] * 5 + [120], "not one row of 700 fits"
+    assert [p.length for p in layout.slices if p.name == "4"] == [200] * 5, "two rows of 100 fit"
+    assert [p.length for p in layout.slices if p.name == "6"] == [256] * 5 + [120], "not one row of 700 fits"
 
 
 def test_a_dead_engine_is_the_cause_that_is_told_even_where_a_tensor_is_missing_too(pair):
     engine, publisher, trainer = pair
-    publisher.publish(1)
+    publish_paused(publisher, 1)
     del trainer["v"]
 
-    def dead(payload):
+    def dead(request):
         raise ConnectionError("gone")
 
-    engine.before["pause"] = dead
+    engine.before["start"] = dead
     with pytest.raises(ConnectionError, match="gone"):
-        publisher.publish(2)
+        publish_paused(publisher, 2)

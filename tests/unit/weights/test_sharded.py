@@ -13,10 +13,10 @@ from peft import LoraConfig
 from transformers import LlamaConfig
 
 from oapl_engine.trainer.policy import published_weights
-from oapl_engine.weights.bucket_layout import distinct, elements, lay_out
-from oapl_engine.weights.publish import Publisher
+from oapl_engine.weights.bucket_layout import flat_slice, lay_out, skip_tied
+from oapl_engine.weights.publish import Publisher, publish_paused
 from tests.conftest import PROGRAMS
-from tests.unit.weights.test_publish import Engine
+from tests.support.engines import ReceiverEngine
 
 RANK = PROGRAMS / "sharded_rank.py"
 
@@ -57,12 +57,12 @@ def test_no_tensor_of_a_lazy_source_is_kept_and_equal_addresses_are_not_taken_fo
 
 def test_tied_names_travel_once():
     weight = torch.zeros(3, 3)
-    assert [name for name, _ in distinct([("a", weight), ("b", weight), ("c", weight.view(9))])] == ["a", "c"]
+    assert [name for name, _ in skip_tied([("a", weight), ("b", weight), ("c", weight.view(9))])] == ["a", "c"]
 
 
 def test_elements_of_a_plain_tensor_are_a_view():
     tensor = torch.arange(12.0).view(3, 4)
-    assert elements(tensor, 5, 3).data_ptr() == tensor[1, 1:].data_ptr()
+    assert flat_slice(tensor, 5, 3).data_ptr() == tensor[1, 1:].data_ptr()
 
 
 class Flat(torch.nn.Module):
@@ -102,9 +102,9 @@ def test_lora_is_merged_one_tensor_at_a_time_and_arrives_as_peft_merges_it(monke
         return found
 
     monkeypatch.setattr(Linear, "get_delta_weight", counted)
-    engine = Engine(Flat({name: t.shape for name, t in published_weights(policy)}))
-    publisher = Publisher(lambda: published_weights(policy), engine.control, 2048, torch.float32)
-    publisher.publish(1)
+    engine = ReceiverEngine(Flat({name: t.shape for name, t in published_weights(policy)}))
+    publisher = Publisher(lambda: published_weights(policy), engine, bucket_bytes=2048, dtype=torch.float32)
+    publish_paused(publisher, 1)
     publisher.close()
     assert merged == 3 * 2 * 7, "shapes here, layout, publish: seven linears in two layers"
     assert most == 1
@@ -112,4 +112,4 @@ def test_lora_is_merged_one_tensor_at_a_time_and_arrives_as_peft_merges_it(monke
     reference = dict(tuned.merge_and_unload().named_parameters())
     assert len(reference) == 2 * 9 + 3
     for name, expected in reference.items():
-        torch.testing.assert_close(getattr(engine.update.model, name.replace(".", "_")), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(getattr(engine.receiver.model, name.replace(".", "_")), expected, rtol=0, atol=1e-6)
