@@ -14,10 +14,11 @@ import psutil
 import pytest
 
 from oapl_engine.config import load_recipe
-from oapl_engine.report.metrics import KEYS, read_metrics
+from oapl_engine.report.metrics import METRICS, read_metrics
 from oapl_engine.rollout_log.journal import Journal
-from oapl_engine.scheduler import core, driver
+from oapl_engine.scheduler import driver
 from oapl_engine.scheduler import events as e
+from oapl_engine.scheduler.state import Settings, State
 from oapl_engine.trainer.checkpoint import load_newest
 from tests.conftest import ROOT
 
@@ -90,7 +91,7 @@ def test_torchrun_trains_with_lag_and_accounts_for_every_token(words, tmp_path, 
     assert re.fullmatch(rf"done: steps=24 pass@1 before=\d\.\d{{4}} after=\d\.\d{{4}} run={tmp_path / 'run'}", last)
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert len(rows) == 24
-    assert all(key in row for row in rows for key in KEYS)
+    assert all(key in row for row in rows for key in METRICS)
     assert [row["policy_version"] for row in rows] == [0] * 8 + [1] * 8 + [2] * 8
     assert [row["off_policy/max"] for row in rows] == list(range(8)) * 3
     gap = [max(row[f"logprob_gap/{kind}"] for row in rows) for kind in ("mean", "max")]
@@ -105,10 +106,10 @@ def test_torchrun_trains_with_lag_and_accounts_for_every_token(words, tmp_path, 
     assert trained_twice(oapl, tmp_path / "run") == []
     evaluations = [json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").read_text().splitlines()]
     assert [(row["step"], row["n"], row["k"]) for row in evaluations] == [(0, 2, 1), (24, 2, 1)]
-    messages = driver.read_record(tmp_path / "run" / "events.jsonl")
+    messages = [message for _, message in driver.read_record(tmp_path / "run" / "events.jsonl")]
     assert {m.version for m in messages if isinstance(m, e.Published)} == {0, 1, 2, 3}
     assert not any(isinstance(m, e.EngineLost) for m in messages), "one engine process serves all versions"
-    state = core.State(Settings.from_recipe(load_recipe(words[0], words[1:])))
+    state = State(Settings.from_recipe(load_recipe(words[0], words[1:])))
     assert driver.replay(state, messages) == [m for m in messages if isinstance(m, e.Command)], (
         "the recorded events replay"
     )
@@ -162,7 +163,7 @@ def test_a_dead_engine_is_replaced_and_the_run_ends_with_the_accounts_right(word
     engine.kill()
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    messages = driver.read_record(run / "events.jsonl")
+    messages = [message for _, message in driver.read_record(run / "events.jsonl")]
     assert any(isinstance(m, e.EngineLost) for m in messages)
     assert sum(isinstance(m, e.EngineReady) for m in messages) == 2
     lost = next(i for i, m in enumerate(messages) if isinstance(m, e.EngineLost))
@@ -181,7 +182,7 @@ def test_async_overlaps_and_keeps_its_lag_bound(words, tmp_path, oapl):
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert max(row["off_policy/max"] for row in rows) < 16
     assert trained_twice(oapl, tmp_path / "run") == []
-    messages = driver.read_record(tmp_path / "run" / "events.jsonl")
+    messages = [message for _, message in driver.read_record(tmp_path / "run" / "events.jsonl")]
     first_step = next(i for i, m in enumerate(messages) if isinstance(m, e.StepDone))
     assert any(isinstance(m, e.GroupDone) for m in messages[first_step:]), "groups arrive while steps are trained"
 
@@ -197,7 +198,7 @@ def test_ten_dead_engines_are_noticed_and_replaced(words, tmp_path, oapl, figure
     while len(noticed) < 10:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
-        messages = driver.read_record(run / "events.jsonl") if (run / "events.jsonl").exists() else []
+        messages = [message for _, message in driver.read_record(run / "events.jsonl")] if (run / "events.jsonl").exists() else []
         if sum(isinstance(m, e.Submit) for _, m in messages) > submits and isinstance(messages[-1][1], e.Submit):
             found = [p for p in psutil.Process(process.pid).children() if "engine_process" in " ".join(p.cmdline())]
             killed = time.time()
@@ -218,8 +219,8 @@ def test_ten_dead_engines_are_noticed_and_replaced(words, tmp_path, oapl, figure
     assert sum(ledger.values()) == max(last["tokens/engine"], last["tokens/generated"] + ledger["evaluation"])
     assert ledger["trained"] > 0
     assert trained_twice(oapl, run) == []
-    messages = driver.read_record(run / "events.jsonl")
-    assert driver.replay(core.State(Settings.from_recipe(load_recipe(run / "config.toml"))), messages) == [
+    messages = [message for _, message in driver.read_record(run / "events.jsonl")]
+    assert driver.replay(State(Settings.from_recipe(load_recipe(run / "config.toml"))), messages) == [
         m for m in messages if isinstance(m, e.Command)
     ]
 

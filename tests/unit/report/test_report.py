@@ -10,14 +10,14 @@ from oapl_engine.errors import ConfigError
 from oapl_engine.report.display import Display
 from oapl_engine.report.figure import plot_run
 from oapl_engine.report.gantt import merged, plot_gantt, work_spans
-from oapl_engine.report.metrics import EXTRA, KEYS, MetricsWriter, read_metrics
+from oapl_engine.report.metrics import METRICS, RENAMED, MetricsWriter, read_metrics
 from oapl_engine.report.stopwatch import Stopwatch
 
 
 def test_every_key_is_written_and_nan_becomes_null(tmp_path):
     MetricsWriter(tmp_path).write({"step": 1, "loss": float("nan"), "reward/all/mean": 0.5})
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
-    assert tuple(row) == (*KEYS, *EXTRA)
+    assert tuple(row) == tuple(METRICS)
     assert (row["step"], row["loss"], row["reward/all/mean"], row["optim/grad_norm"]) == (1, None, 0.5, None)
 
 

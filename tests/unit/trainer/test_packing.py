@@ -81,7 +81,7 @@ def test_budget_and_rows(items, budget, share):
         assert ends[-1] == len(batch.token_ids)
         np.testing.assert_array_equal(np.flatnonzero(batch.target != -100), batch.rows)
         assert len(np.unique(batch.rows)) == len(batch.rows) == batch.cu_seqlens[-1]
-        assert batch.cu_groups[-1] == len(batch.keys)
+        assert len(batch.cu_seqlens) == len(batch.keys) + 1
 
 
 @settings(max_examples=50, deadline=None)

@@ -9,8 +9,9 @@ from oapl_kernels.objectives import OBJECTIVES
 
 from oapl_engine.config import ObjectiveConfig
 from oapl_engine.errors import ConfigError
-from oapl_engine.trainer.objective import make_objective, needs_proximal, normalizer
-from oapl_engine.trainer.selection import replace_behavior_logprob, select_rollouts
+from oapl_engine.trainer.objective import make_objective, normalizer
+from oapl_engine.trainer.score import replace_behavior_logprob
+from oapl_engine.trainer.selection import select_rollouts
 
 
 def section(**options):
@@ -21,7 +22,7 @@ def test_golden_values(groups):
     """beta1 = 1, binary rewards, 1/4, 1/2, 3/4 correct: V = .3574, .6201, .8280; A = r - V."""
     made = [groups.make(c, 3, [2] * 4, rewards=[1.0] * c + [0.0] * (4 - c)) for c in (1, 2, 3)]
     data = select_rollouts(made, section(), 10)
-    for item, correct, value in zip(data.items, (1, 2, 3), (0.3574, 0.6201, 0.8280), strict=True):
+    for item, correct, value in zip(data.groups, (1, 2, 3), (0.3574, 0.6201, 0.8280), strict=True):
         np.testing.assert_allclose(item.advantage, [1 - value] * correct + [-value] * (4 - correct), atol=1e-4)
     assert data.metrics["value/mean"] == pytest.approx(np.mean([0.3574, 0.6201, 0.8280]), abs=1e-4)
     assert data.metrics["reward/all/mean"] == 0.5
@@ -38,7 +39,7 @@ def test_equal_groups(groups):
         assert data.metrics["filters/zero_variance"] == 0.75
         assert {*data.keys} | {*data.dropped} == {r.key for g in made for r in g.rollouts}
         assert set(data.dropped.values()) <= {"equal_rewards"}
-        return [item.rollouts[0].group for item in data.items]
+        return [item.rollouts[0].group for item in data.groups]
 
     assert kept("drop") == ["0.p1.0"]
     assert kept("subsample") == ["0.p0.0", "0.p1.0"]
@@ -49,13 +50,13 @@ def test_overlong(groups):
     """excluded: out of step and value; soft: minus 1 at the limit, half of it in the middle of the last fifth."""
     group = groups.make(0, 3, [10, 9, 4, 4], rewards=[1.0, 1.0, 0.0, 1.0], finishes=["length", "stop", "stop", "stop"])
     scored = select_rollouts([group], section(beta1=math.inf), 10)
-    np.testing.assert_allclose(scored.items[0].advantage, [0.25, 0.25, -0.75, 0.25])
+    np.testing.assert_allclose(scored.groups[0].advantage, [0.25, 0.25, -0.75, 0.25])
     assert scored.metrics["is_truncated/mean"] == 0.25
     excluded = select_rollouts([group], section(beta1=math.inf, overlong="excluded"), 10)
-    np.testing.assert_allclose(excluded.items[0].advantage, np.array([1, -2, 1]) / 3, rtol=1e-6)
+    np.testing.assert_allclose(excluded.groups[0].advantage, np.array([1, -2, 1]) / 3, rtol=1e-6)
     assert excluded.dropped == {group.rollouts[0].key: "overlong"}
     soft = select_rollouts([group], section(beta1=math.inf, overlong="soft"), 10)
-    np.testing.assert_allclose(soft.items[0].advantage, np.array([0.0, 0.5, 0.0, 1.0]) - 0.375)
+    np.testing.assert_allclose(soft.groups[0].advantage, np.array([0.0, 0.5, 0.0, 1.0]) - 0.375)
 
 
 def test_small_groups_and_statuses(groups):
@@ -64,7 +65,7 @@ def test_small_groups_and_statuses(groups):
     rollouts = [dataclasses.replace(r, status="invalid", reward=None) for r in group.rollouts[:2]]
     lonely = dataclasses.replace(group, rollouts=(*rollouts, group.rollouts[2]))
     data = select_rollouts([lonely], section(), 10)
-    assert data.items == ()
+    assert data.groups == ()
     assert data.dropped == {group.rollouts[2].key: "group_too_small"}
     assert data.metrics["advantage/mean"] is None
 
@@ -73,13 +74,13 @@ def test_recorded_rewards(groups):
     """The value comes from all rewards recorded for the prompt, and then one response is enough."""
     group = groups.make(0, 3, [2], rewards=[1.0])
     data = select_rollouts([group], section(beta1=math.inf), 10, {group.id: np.array([1.0, 0.0, 0.0, 0.0])})
-    np.testing.assert_allclose(data.items[0].advantage, [0.75])
+    np.testing.assert_allclose(data.groups[0].advantage, [0.75])
 
 
 def test_nonfinite_reward_reaches_the_step(groups):
     """NaN passes as NaN, so that train_step refuses it by the recipe's rule; metrics stay free of it."""
     data = select_rollouts([groups.make(0, 3, [2, 2], rewards=[math.nan, 1.0])], section(scale_free_nats=1.0), 10)
-    assert np.isnan(data.items[0].advantage).all()
+    assert np.isnan(data.groups[0].advantage).all()
     assert data.beta2 == section().beta2
     assert data.metrics["reward/all/mean"] is None
 
@@ -90,7 +91,7 @@ def test_scale_free_beta2(nats, scale, groups):
     """rms(A) / beta2 is the target, whatever the rewards' scale."""
     rewards = [scale * r for r in (0.0, 1.0, -2.0, 0.5)]
     data = select_rollouts([groups.make(0, 3, [2] * 4, rewards=rewards)], section(scale_free_nats=nats), 10)
-    advantage = data.items[0].advantage.astype(np.float64)
+    advantage = data.groups[0].advantage.astype(np.float64)
     assert np.sqrt(np.mean(advantage**2)) / data.beta2 == pytest.approx(nats, rel=1e-5)
 
 
@@ -99,10 +100,10 @@ def test_objectives_by_name(name, groups):
     """Every objective is made from the recipe; advantages have the published baseline and scale."""
     chosen = section(name=name, beta2=0.5)
     assert make_objective(chosen, 0.5).fn is not None
-    assert needs_proximal(make_objective(chosen, 0.5)) == (name == "decoupled_ppo")
+    assert make_objective(chosen, 0.5).needs == (("proximal_logprob",) if name == "decoupled_ppo" else ())
     data = select_rollouts([groups.make(0, 3, [2] * 4, rewards=[1.0, 0.0, 0.0, 0.0])], chosen, 10)
     assert name == "oapl" or abs(data.metrics["advantage/mean"]) < 1e-6
-    spread = np.std(data.items[0].advantage)
+    spread = np.std(data.groups[0].advantage)
     assert spread == pytest.approx(np.std([1, 0, 0, 0]) if name in ("oapl", "kimi", "dr_grpo", "topr") else 1, rel=1e-4)
 
 
@@ -116,9 +117,8 @@ def test_objective_errors():
 
 
 def test_normalizer():
-    assert normalizer(section(), 8, 100, 50) == 8
-    assert normalizer(section(name="dapo"), 8, 100, 50) == 100
-    assert normalizer(section(name="dr_grpo"), 8, 100, 50) == 400
+    for name, divisor in (("oapl", 8), ("dapo", 100), ("dr_grpo", 400)):
+        assert normalizer(make_objective(section(name=name), 0.1), 8, 100, 50) == divisor
 
 
 def test_with_behavior(groups):
