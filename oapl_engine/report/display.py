@@ -74,5 +74,5 @@ def _summary(row: dict[str, Any]) -> str:
     parts = [form % row[k] if row.get(k) is not None else f"{form.split()[0]} -" for k, form in forms.items()]
     seconds = row.get("time/step")
     if seconds and row.get("tokens/trained") is not None:
-        parts.append(f"{row['tokens_trained'] / seconds:.0f} tokens/s")
+        parts.append(f"{row['tokens/trained'] / seconds:.0f} tokens/s")
     return "  ".join(parts) if row else ""
