@@ -198,7 +198,11 @@ def test_ten_dead_engines_are_noticed_and_replaced(words, tmp_path, oapl, figure
     while len(noticed) < 10:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
-        messages = [message for _, message in driver.read_record(run / "events.jsonl")] if (run / "events.jsonl").exists() else []
+        messages = (
+            [message for _, message in driver.read_record(run / "events.jsonl")]
+            if (run / "events.jsonl").exists()
+            else []
+        )
         if sum(isinstance(m, e.Submit) for _, m in messages) > submits and isinstance(messages[-1][1], e.Submit):
             found = [p for p in psutil.Process(process.pid).children() if "engine_process" in " ".join(p.cmdline())]
             killed = time.time()

@@ -17,30 +17,6 @@ from oapl_engine.weights.publish import Publisher
 VOCABULARY, NEW_TOKENS = 48, 12
 
 
-def make_model(path):
-    """A random Llama with a tied head: hidden 64, 3 layers, 2 heads of 32, saved as a checkpoint."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.3,
-    )
-    model = LlamaForCausalLM(config).eval()
-    model.save_pretrained(path)
-    return model
-
-
 class Rig:
     """A trainer model, a live engine with breakable insides, and what lies between them."""
 
@@ -48,7 +24,7 @@ class Rig:
         self.fault = Path(folder, "fault")
         os.environ["OAPL_TEST_FAULT"] = str(self.fault)
         os.environ["PYTHONPATH"] = str(Path(__file__).parent)
-        self.model = make_model(folder)
+        self.model = make_served_llama(folder, tied=True)
         options = EngineOptions(
             str(folder), max_model_len=128, kv_cache_mb=64, threads=1, worker_extension="faults.Faulty", **more
         )

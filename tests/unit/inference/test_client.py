@@ -1,4 +1,4 @@
-"""EngineClient against an engine made of paper: answers find their caller, refusals and deaths are told apart."""
+"""EngineClient against a scripted peer: answers find their caller, refusals and deaths are told apart."""
 
 import asyncio
 import contextlib
@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from oapl_engine.inference.client import EngineClient, EngineLost, EngineRefusedError
+from oapl_engine.inference.client import EngineClient, EngineLostError, EngineRefusedError
 from oapl_engine.inference.protocol import Reply, Request, Sample, Sampling, pack, read_frame
 
 
@@ -58,8 +58,8 @@ def test_samples_come_one_by_one_and_calls_do_not_mix():
         async def collect():
             return [s.index async for s in client.generate([1], 3, Sampling())]
 
-        first, second, version = await asyncio.gather(collect(), collect(), client.version())
-        assert version == 7
+        first, second, version = await asyncio.gather(collect(), collect(), client.counters())
+        assert version == {"version": 7}
         assert {tuple(first), tuple(second)} == {tuple(i * 10 + n for i in range(3)) for n in held}
 
     run(scenario, answer)
@@ -73,7 +73,7 @@ def test_a_refusal_carries_the_reason_and_leaves_the_client_usable():
     async def scenario(client):
         with pytest.raises(EngineRefusedError, match="resume: no such thing"):
             await client.resume()
-        assert await client.version() == 1
+        assert await client.counters() == {"version": 1}
 
     run(scenario, answer)
 
@@ -84,8 +84,8 @@ def test_every_call_in_flight_and_every_later_one_ends_with_engine_lost():
             return [s async for s in client.generate([1], 2, Sampling())]
 
         results = await asyncio.gather(generate(), generate(), client.pause("abort"), return_exceptions=True)
-        assert [type(r) for r in results] == [EngineLost] * 3
-        with pytest.raises(EngineLost, match="incarnation 4"):
-            await client.version()
+        assert [type(r) for r in results] == [EngineLostError] * 3
+        with pytest.raises(EngineLostError, match="incarnation 4"):
+            await client.counters()
 
     run(scenario, lambda request, send: None)

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import msgspec
 
-from oapl_engine.inference.engine_process import EngineServer
+from oapl_engine.inference.options import EngineOptions
 from oapl_engine.inference.protocol import Sampling
+from oapl_engine.inference.server import EngineServer
 
 
 class LateLLM:
@@ -33,16 +34,15 @@ class LateLLM:
 
 def test_a_pause_ends_when_the_last_output_has_arrived():
     async def scene():
-        options = {"version": 0, "incarnation": 0, "on_cpu": True}
-        server, samples = EngineServer(LateLLM(), (1,), options), []
-        server._params = lambda how, index, done: None
+        server, samples = EngineServer(LateLLM(), (1,), EngineOptions(""), on_cpu=True), []
+        server._params = lambda how, done: None
         how = msgspec.to_builtins(Sampling(max_new_tokens=4))
         running = asyncio.create_task(server.generate([3, 4], 2, how, samples.append))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        assert server.counters.samples_running == 2
+        assert server.counted.samples_running == 2
         await server.pause("drain")
-        assert server.counters.samples_running == 0  # or the update that follows is refused
+        assert server.counted.samples_running == 0  # or the update that follows is refused
         await running
         assert len(samples) == 2
 

@@ -10,10 +10,10 @@ from oapl_engine.config_file import to_toml
 from oapl_engine.report.diagnosis import diagnose
 from oapl_engine.rollout_log.log import RolloutLog
 from tests.conftest import ROOT
-from tests.unit.rollout_log.test_log import make_group
+from tests.support.rollouts import plain_group
 
 HEALTHY = {
-    "loss": 0.2, "reward/all/mean": 0.5, "entropy": 0.9, "log_ratio/mean": -0.02, "log_ratio/std": 0.2, "beta2": 0.1,
+    "loss": 0.2, "reward/all/mean": 0.5, "entropy/all/mean": 0.9, "log_ratio/mean": -0.02, "log_ratio/std": 0.2, "beta2": 0.1,
     "filters/zero_variance": 0.3, "is_truncated/mean": 0.02, "seq_len/mean": 8.0, "logprob_gap/mean": 2e-6,
     "time/idle": 0.01, "time/step": 0.1,
 }  # fmt: skip
@@ -48,7 +48,7 @@ def test_a_healthy_run(run, oapl):
         ("cut off", lambda s: {"is_truncated/mean": 0.5}),
         ("too hot", lambda s: {"log_ratio/mean": -2.0 if s == 30 else -0.02}),
         ("too hot", lambda s: {"reward/all/mean": 0.5 if s < 30 else 0.1}),
-        ("too hot", lambda s: {"entropy": 0.9 if s < 30 else 0.1, "reward/all/mean": 0.5 if s < 30 else 0.45}),
+        ("too hot", lambda s: {"entropy/all/mean": 0.9 if s < 30 else 0.1, "reward/all/mean": 0.5 if s < 30 else 0.45}),
         ("β2 is too small", lambda s: {"beta2": 1e-3}),
         ("β2 is too large", lambda s: {"beta2": 3.0}),
         ("mostly waits", lambda s: {"time/idle": 0.09}),
@@ -84,7 +84,7 @@ def test_a_gap_is_judged_by_the_coarser_side(run, engine, alarms):
 def test_responses_without_an_answer(run, tmp_path):
     log = RolloutLog(tmp_path / "rollouts" / "rank0.sqlite")
     for name in "ab":
-        log.append(make_group(name, "scored", reward_detail={"answer": ""}))
+        log.append(plain_group(name, "scored", reward_detail={"answer": ""}))
     (found,) = diagnose(run())
     assert "no answer" in found.cause
 

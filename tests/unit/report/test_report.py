@@ -10,7 +10,7 @@ from oapl_engine.errors import ConfigError
 from oapl_engine.report.display import Display
 from oapl_engine.report.figure import plot_run
 from oapl_engine.report.gantt import merged, plot_gantt, work_spans
-from oapl_engine.report.metrics import METRICS, RENAMED, MetricsWriter, read_metrics
+from oapl_engine.report.metrics import METRICS, MetricsWriter, read_metrics
 from oapl_engine.report.stopwatch import Stopwatch
 
 

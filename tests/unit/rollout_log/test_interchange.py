@@ -90,7 +90,7 @@ BAD = {
     "reward infinite": ({"reward": math.inf}, r"reward = inf"),
     "reward None": ({"reward": None}, r"reward = None"),
     "reward text": ({"reward": "1"}, r"reward = '1'"),
-    "unknown status": ({"status": "fine"}, r'status = "fine" is none of scored'),
+    "unknown status": ({"status": "fine"}, r'status = "fine" is not one of scored'),
     "same key": ({"key": "0.p.0.0"}, r"key 0\.p\.0\.0 is there twice"),
 }
 
@@ -115,7 +115,7 @@ def test_bad_files(tmp_path):
     (tmp_path / "broken.jsonl").write_text(json.dumps(row()) + '\n{"key": \n')
     fails(tmp_path / "broken.jsonl", r"broken\.jsonl line 2 is not JSON")
     (tmp_path / "list.jsonl").write_text("[1]\n")
-    fails(tmp_path / "list.jsonl", "line 1 is a JSON list: write one object a line")
+    fails(tmp_path / "list.jsonl", "line 1 is a JSON list: write one object per line")
     fails(write(tmp_path / "short.jsonl", [row(0)]), r"group 0\.p\.0 has 1 rollouts, schedule\.group_size = 2")
     second = {k: v for k, v in row(1).items() if k != "reward"}
     fails(write(tmp_path / "field.jsonl", [row(0), second]), "line 2: field reward is missing")

@@ -15,21 +15,8 @@ from oapl_engine.rollout_log.database import CorruptLogError, file_system
 from oapl_engine.rollout_log.journal import Journal
 from oapl_engine.rollout_log.ledger import Ledger
 from oapl_engine.rollout_log.log import RolloutLog
-from oapl_engine.samples import Group, Prompt, Rollout, Span
-
-
-def make_group(name, status="scored", n=2, version=3, reward_detail=None):
-    prompt = Prompt(f"p{name}", np.arange(4, dtype=np.int32), "sort", {"answer": "12"})
-    rollouts = tuple(
-        Rollout(
-            f"0.p{name}.0.{i}", prompt.id, f"0.p{name}.0", i, "sort",
-            np.arange(4 + i + 1, dtype=np.int32), 4, np.array([0] * 4 + [1] * (i + 1), np.uint8),
-            np.array([0] * 4 + [-0.5] * (i + 1), np.float32), (Span(version, 0, i + 1),), "stop", status,
-            1.0 if status == "scored" else None, reward_detail or {"why": "x"}, 1, 2,
-        )
-        for i in range(n)
-    )  # fmt: skip
-    return Group(f"0.p{name}.0", prompt, rollouts, version)
+from oapl_engine.samples import Rollout
+from tests.support.rollouts import plain_group
 
 
 def same(a, b):
@@ -40,7 +27,7 @@ def same(a, b):
 
 def test_a_group_comes_back_as_it_went_in(tmp_path):
     log = RolloutLog(tmp_path / "rank0.sqlite")
-    group = make_group("a")
+    group = plain_group("a")
     log.append(group)
     back = RolloutLog(tmp_path / "rank0.sqlite").group(group.id)
     assert (back.version, back.prompt.record) == (3, {"answer": "12"})
@@ -50,16 +37,16 @@ def test_a_group_comes_back_as_it_went_in(tmp_path):
 
 def test_a_key_is_stored_once(tmp_path):
     log = RolloutLog(tmp_path / "r.sqlite")
-    log.append(make_group("a"))
+    log.append(plain_group("a"))
     with pytest.raises(ValueError, match=r"0\.pa\.0"):
-        log.append(make_group("a"))
+        log.append(plain_group("a"))
     assert len(list(log.rollouts())) == 2
 
 
 def test_a_flipped_byte_is_noticed_and_named(tmp_path):
     path = tmp_path / "r.sqlite"
     log = RolloutLog(path)
-    log.append(make_group("a"))
+    log.append(plain_group("a"))
     log.close()
     db = sqlite3.connect(path)
     db.execute("UPDATE rollout SET token_ids = x'00000000010000000200000003000000ff000000' WHERE sample = 0")
@@ -79,7 +66,7 @@ def _writer(path, ready):
     log = RolloutLog(path)
     ready.set()
     for i in range(100000):
-        log.append(make_group(i))
+        log.append(plain_group(i))
         with open(f"{path}.acknowledged", "a") as file:
             file.write(f"0.p{i}.0\n")
 
@@ -106,9 +93,9 @@ def test_journal_survives_and_a_replayed_step_changes_nothing(tmp_path):
     journal = Journal(tmp_path / "journal.sqlite")
     journal.published(0, 0, "aa", 0)
     for _ in range(2):
-        journal.intent(1, 0, ("g1", "g2"), "rng")
+        journal.intent(1, 0, ("g1", "g2"))
         journal.done(1, 0, ("g1", "g2"), ["g1.0", "g2.0"], "aa")
-    journal.intent(2, 0, ("g3",), "rng")
+    journal.intent(2, 0, ("g3",))
     again = Journal(tmp_path / "journal.sqlite")
     assert [(s.step, s.groups, s.done) for s in again.steps()] == [(1, ("g1", "g2"), True), (2, ("g3",), False)]
     assert again.uses() == {"g1.0": [1], "g2.0": [1]}
@@ -123,7 +110,7 @@ def test_ledger_puts_every_token_in_one_column_however_often_it_is_read(tmp_path
     log, journal = RolloutLog(tmp_path / "r.sqlite"), Journal(tmp_path / "journal.sqlite")
     kept = Ledger(log, journal)
     for name, status in [("a", "scored"), ("b", "scored"), ("c", "aborted"), ("d", "invalid"), ("e", "scored")]:
-        log.append(make_group(name, status))
+        log.append(plain_group(name, status))
         kept.read()
     assert kept.read()["waiting"] == 9
     assert journal.done(1, 0, ("0.pa.0",), ["0.pa.0.0", "0.pa.0.1"], "aa") == "aa"

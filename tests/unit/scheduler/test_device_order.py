@@ -7,16 +7,19 @@ import queue
 import sys
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 
 from oapl_engine import config
-from oapl_engine.inference.engine_process import EngineServer
+from oapl_engine.inference.options import EngineOptions
+from oapl_engine.inference.server import EngineServer
 from oapl_engine.scheduler import core, driver
 from oapl_engine.scheduler import events as e
 from oapl_engine.scheduler.state import State
-from oapl_engine.trainer.offload import move_trainer
+from oapl_engine.trainer import offload
 from oapl_engine.trainer.optimizer import make_optimizer
+from oapl_engine.weights.control import Attest, Bucket, Finish, Start
 from tests.support.fake_machine import break_rule, make_settings
 
 GPU = torch.device("cuda", 0)
@@ -89,10 +92,10 @@ class FakeLLM:
 class Phased:
     """The commands of a phased run, carried out on one Device."""
 
-    def __init__(self, policy, capacity):
-        self.policy, self.device = policy, Device(capacity)
+    def __init__(self, policy, capacity, monkeypatch):
+        self.policy, self.device, self.monkeypatch = policy, Device(capacity), monkeypatch
         self.optimizer = make_optimizer(policy, config.OptimizerConfig(learning_rate=1e-3))
-        self.server = EngineServer(FakeLLM(self.device), (), {"version": -1, "incarnation": 0, "on_cpu": False})
+        self.server = EngineServer(FakeLLM(self.device), (), EngineOptions("", version=-1), on_cpu=False)
         self.inbox, self.count = queue.SimpleQueue(), 0
 
     def handlers(self):
@@ -113,36 +116,40 @@ class Phased:
         }
         return {command: [handler] for command, handler in handlers.items()}
 
+    def wake(self, command):
+        asyncio.run(self.server.wake(list(command.tags)))
+        return e.EngineWoke() if "weights" in command.tags else None
+
     def submit(self, command):
         for _ in range(command.n):
             asyncio.run(self.server._complete([1], None))
             self.count += 1
-            self.inbox.put(e.GroupDone(f"g{self.count}", 1, self.server.version))
+            self.inbox.put(e.GroupDone(f"g{self.count}", 1, self.server.weights.version))
 
     def move(self, device):
         """The real walk over parameters and moments; each tensor is copied, and its bytes change hands."""
         moved = []
 
-        def to(tensor, target):
+        def copy(tensor, target):
             assert target == device
             moved.append(tensor.nbytes)
             return tensor.clone()
 
-        assert move_trainer(self.policy, self.optimizer, device, to) == sum(moved) > 0
+        self.monkeypatch.setattr(offload, "move_tensor", copy)
+        assert offload.move_trainer(self.policy, self.optimizer, device) == sum(moved) > 0
         if device == GPU:
             self.device.take("trainer", sum(moved))
         else:
             del self.device.held["trainer"]
 
     async def publish(self, version):
-        """The engine's half of a weight transfer, in the order of weights.Publisher."""
-        for phase, payload in (("start", {"version": version}), ("bucket", {}), ("finish", {})):
-            if phase == "bucket":
-                await self.server.llm.update_weights(payload)
+        """The engine's half of a weight update, in the order of weights.Publisher."""
+        for request in (Start(version), Bucket(0, 0, {}), Finish(), Attest(True)):
+            if isinstance(request, Bucket):
+                await self.server.llm.update_weights(request)
                 continue
-            reply = await self.server.transfer(phase, payload)
-            assert reply["error"] is None, reply["error"]
-        await self.server.transfer("attest", {"accepted": True})
+            reply = await self.server.update(msgspec.to_builtins(request))
+            assert reply.error is None, reply.error
         return e.Published(version)
 
     def train(self, command):
@@ -162,7 +169,7 @@ def phased(monkeypatch):
     model[1].weight = model[0].weight  # tied
     trainable = lambda: dict(model.named_parameters())  # noqa: E731
     policy = SimpleNamespace(model=model, device=torch.device("cpu"), trainable=trainable)
-    return Phased(policy, capacity=WEIGHTS + CACHE + 1000)
+    return Phased(policy, WEIGHTS + CACHE + 1000, monkeypatch)
 
 
 SETTINGS = make_settings(steps=6, lag=2, max_groups_ahead=4, evaluate=False)
@@ -200,8 +207,8 @@ def test_weights_do_not_arrive_in_memory_that_was_given_back(phased):
     server = phased.server
     asyncio.run(server.pause("drain"))
     asyncio.run(server.sleep(["weights", "kv_cache"]))
-    reply = asyncio.run(server.transfer("start", {"version": 0}))
-    assert "memory was given back" in reply["error"]
+    reply = asyncio.run(server.update(msgspec.to_builtins(Start(0))))
+    assert "memory was given back" in reply.error
     asyncio.run(server.wake(["weights"]))
     assert set(phased.device.held) == {"weights"}
     asyncio.run(server.wake(["weights"]))  # awake already: nothing is mapped twice

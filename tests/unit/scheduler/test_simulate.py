@@ -32,7 +32,7 @@ def fleet(devices, failure_seconds=float("inf")):
 
 
 def test_a_phased_run_takes_what_one_adds_up_by_hand():
-    """32 sequences of a second in 16 slots: 2 s per phase; then sleep, load, two steps; offload and two wakes between."""
+    """32 sequences of a second in 16 slots: 2 s per phase; then sleep, load, two steps; offload, two wakes between."""
     outcome = simulate.simulate(SMALL, PHASED)
     phase = 2.0 + 0.5 + 2.0 + 2 * 3.0
     publish = 1.0 + 0.25
