@@ -36,11 +36,13 @@ SOURCES = {
 
 
 def check_source(data: DataConfig, generates: bool) -> None:
-    """Raises ConfigError for an unknown source, or one that lacks a field or does not fit the mode. Reads no file.
+    """Raises ConfigError for an unknown source, or one that lacks a field or does not fit the mode. Reads no data.
 
     generates: whether the run has an engine, which needs problems; without one it needs finished rollouts
     """
     kind = _find(data.source)
+    if data.source not in SOURCES:
+        load_object(data.source, "data.source")
     for field in kind.requires:
         if not getattr(data, field):
             what = "reads a file" if field == "path" else "needs the name of a task"

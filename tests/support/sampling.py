@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oapl_engine.config import DataConfig
-from oapl_engine.data import load_task
+from oapl_engine.data.task import load_task
 
 
 @torch.no_grad()

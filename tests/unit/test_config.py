@@ -1,6 +1,7 @@
 """A recipe that is wrong is refused with the field, its value, the limit and the way out; a right one round-trips."""
 
 import dataclasses
+import shlex
 import tomllib
 
 import pytest
@@ -8,8 +9,10 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oapl_engine import config
+from oapl_engine import config, config_file
 from oapl_engine.cli import configuration_page
+from oapl_engine.orchestrator.run import check_names
+from oapl_engine.sft_config import load_sft_recipe
 from tests.conftest import ROOT
 
 GOOD = '[model]\npath = "m"\n[data]\ntask = "chain_sum"\n'
@@ -51,26 +54,42 @@ def recipe(tmp_path):
         ("--objective.beta1 0", ["objective.beta1 = 0"]),
         ("--objective.beta1 nan", ["objective.beta1 = nan"]),
         ("--objective.beta2 inf", ["objective.beta2 = inf"]),
-        ("--data.task ''", ["data.task is empty"]),
         ("--data.template 'no field'", ["data.template", "{question}"]),
-        ("--data.source jsonl", ["data.path is empty"]),
         ("--evaluation.k [8]", ["evaluation.k = 8", "evaluation.n = 4"]),
         ("--model.path ''", ["model.path is empty"]),
-        ("--schedule.mode offline", ['data.source = "reasoning_gym"', "parquet"]),
         ("--schedule.mode sync", ["sync", "lag = 1"]),
         ("--schedule.lag", ["has no value"]),
         ("--lag 3", ["--section.field value"]),
         ("--data.held_out 0", ["data.held_out = 0", "evaluation.n = 0"]),
-        ("--rollout.engines 2", ["rollout.engines = 2", "one engine"]),
+        ("--rollout.engines 2", ["rollout.engines is gone", "--nproc-per-node"]),
         ("--train.precision bfloat16", ["train.precision", "rollout.engine_dtype"]),
-        ("--weights.transport pigeon", ["weights.transport", "pigeon", "memfd"]),
     ],
 )
 def test_what_is_wrong_is_named(recipe, override, words):
-    import shlex
-
     with pytest.raises(config.ConfigError) as error:
         config.load_recipe(recipe(), shlex.split(override))
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("--data.task ''", ["data.task is empty"]),
+        ("--data.source jsonl", ["data.path is empty"]),
+        ("--data.source jsnl", ['data.source = "jsnl"', "did you mean jsonl?"]),
+        ("--data.source nowhere:make", ["nowhere"]),
+        ("--schedule.mode offline", ['data.source = "reasoning_gym"', "parquet"]),
+        ("--weights.transport pigeon", ["weights.transport", "pigeon", "memfd"]),
+        ("--reward.name exacct", ["exacct"]),
+        ("--objective.name oappl", ["oappl", "did you mean oapl?"]),
+    ],
+)
+def test_names_are_checked_before_anything_loads(recipe, override, words):
+    """Names that a table of another part resolves; a recipe alone may name what only the run's machine has."""
+    loaded = config.load_recipe(recipe(), shlex.split(override))
+    with pytest.raises(config.ConfigError) as error:
+        check_names(loaded)
     for word in words:
         assert word in str(error.value)
 
@@ -131,7 +150,7 @@ def test_overrides_beat_the_file_and_the_resolved_recipe_round_trips(recipe, tmp
     first = config.load_recipe(recipe(), ["--schedule.lag=7", "--objective.beta1", "inf", "--data.options.digits", "6"])
     assert (first.schedule.lag, first.objective.beta1, first.data.options) == (7, float("inf"), {"digits": 6})
     assert first.run.dir == "runs/r"
-    (tmp_path / "config.toml").write_bytes(tomli_w.dumps(config.to_toml(first)).encode())
+    (tmp_path / "config.toml").write_bytes(tomli_w.dumps(config_file.to_toml(first)).encode())
     assert config.load_recipe(tmp_path / "config.toml") == first
 
 
@@ -141,12 +160,12 @@ def test_overrides_beat_the_file_and_the_resolved_recipe_round_trips(recipe, tmp
 )
 def test_no_unknown_field_passes(section, word):
     with pytest.raises(config.ConfigError, match="unknown field"):
-        config.build(config.Recipe, {section: {f"{word}x": 1}}, "r.toml")
+        config_file.build(config.Recipe, {section: {f"{word}x": 1}}, "r.toml")
 
 
 def test_every_field_says_unit_default_and_why(oapl):
     text = oapl("train", "--help").stdout
-    for section, why, fields in config.describe(config.Recipe):
+    for section, why, fields in config_file.describe(config.Recipe):
         assert why
         assert f"[{section}]" in text
         for name, _, _, reason in fields:
@@ -163,6 +182,6 @@ def test_the_configuration_page_is_current():
 def test_every_recipe_that_ships_is_valid(path):
     tables = tomllib.loads(path.read_text())
     if "out" in tables.get("model", {}):
-        config.load_sft_recipe(path)
+        load_sft_recipe(path)
     else:
         config.load_recipe(path)

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oapl_engine.config import DataConfig, RunConfig
-from oapl_engine.data import load_task
 from oapl_engine.data.micro import micro_tokenizer
+from oapl_engine.data.task import load_task
 from oapl_engine.errors import ConfigError
 from oapl_engine.samples import Prompt
 from oapl_engine.sft import IGNORED, greedy_accuracy, pad_examples, run_sft
@@ -85,7 +85,7 @@ def test_greedy_accuracy_is_the_share_that_greedy_decoding_gets_right(tmp_path):
 
 def test_a_folder_with_other_files_is_not_written_over(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="is no model folder"):
+    with pytest.raises(ConfigError, match="is not a model folder"):
         run_sft(recipe(tmp_path))
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 

@@ -29,14 +29,14 @@ def test_frames_arrive_whole_and_in_order():
 
 
 def test_a_sample_survives_the_way_through_a_reply():
-    sample = Sample(3, b"\1\0\0\0", b"\0\0\x80\xbf", "stop", ((7, 0, 1),), 32)
+    sample = Sample(3, b"\1\0\0\0", b"\0\0\x80\xbf", "stop", ((7, 0, 1),))
     (frame,) = read_all(pack(Reply(9, "sample", sample)))
     reply = msgspec.msgpack.decode(frame, type=Reply)
     assert msgspec.convert(reply.body, Sample) == sample
 
 
 def test_sampling_survives_as_plain_values():
-    how = Sampling(0.5, 0.9, 7, 11, (1, 2), 5, True)
+    how = Sampling(0.5, 0.9, 7, 11, (1, 2), True)
     assert msgspec.convert(msgspec.msgpack.decode(msgspec.msgpack.encode(msgspec.to_builtins(how))), Sampling) == how
 
 

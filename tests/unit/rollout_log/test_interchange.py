@@ -120,7 +120,7 @@ def test_bad_files(tmp_path):
     second = {k: v for k, v in row(1).items() if k != "reward"}
     fails(write(tmp_path / "field.jsonl", [row(0), second]), "line 2: field reward is missing")
     (tmp_path / "text.parquet").write_text("no")
-    fails(tmp_path / "text.parquet", "is damaged or no Parquet file")
+    fails(tmp_path / "text.parquet", "is damaged or not a Parquet file")
     fails(write(tmp_path / "other.parquet", [{"question": "?"}]), r"columns question; wanted are key, .* or prompt,")
 
 
