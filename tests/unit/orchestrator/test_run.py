@@ -1,0 +1,78 @@
+"""A run directory: one process at a time, one recipe for its life, its state that survives."""
+
+import pytest
+
+from oapl_engine.distributed import ALONE, Ranks
+from oapl_engine.errors import ConfigError
+from oapl_engine.orchestrator.run import combine_handlers, open_run, save_recipe
+from oapl_engine.scheduler import events as e
+from tests.support.rollouts import plain_group
+
+
+def test_a_second_process_is_refused_while_the_first_runs(make_run, make_recipe):
+    make_run()
+    with pytest.raises(ConfigError, match="another process runs there now"), open_run(make_recipe(), ALONE):
+        pass
+
+
+def test_another_recipe_is_refused_by_its_field(make_recipe):
+    with open_run(make_recipe(), ALONE) as run:
+        save_recipe(run)
+    with (
+        pytest.raises(ConfigError, match=r"schedule\.lag was 64, now 8"),
+        open_run(make_recipe("--schedule.lag", 8), ALONE),
+    ):
+        pass
+    with open_run(make_recipe("--run.threads", 2), ALONE) as resumed:
+        assert resumed.recipe.run.threads == 2
+
+
+def test_bad_input_leaves_the_directory_unbound(make_recipe):
+    """Until save_recipe is called, a later run may bring another recipe."""
+    with open_run(make_recipe(), ALONE):
+        pass
+    with open_run(make_recipe("--schedule.lag", 8), ALONE) as run:
+        assert run.recipe.schedule.lag == 8
+
+
+def test_a_directory_that_cannot_be_written_is_named(make_recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ConfigError, match="name a directory you may write to"),
+        open_run(make_recipe("--run.dir", tmp_path / "file"), ALONE),
+    ):
+        pass
+
+
+def test_the_newest_published_version_is_found_again(make_run, make_recipe, tmp_path):
+    with open_run(make_recipe(), ALONE) as first:
+        first.journal.published(0, 0, "aa", 0)
+        first.journal.published(1, 64, "bb", 0)
+    with open_run(make_recipe(), ALONE) as resumed:
+        assert resumed.version == 1
+
+
+def test_cleared_groups_end_in_their_column(make_run):
+    run = make_run()
+    run.log.append(plain_group(1))
+    handlers = run.handlers()
+    handlers[e.Clear](e.Clear(("0.p1.0",)))
+    assert run.journal.dispositions() == {"0.p1.0.0": "cleared", "0.p1.0.1": "cleared"}
+    run.log.append(plain_group(2))
+    handlers[e.Resample](e.Resample(("0.p2.0",)))
+    assert run.journal.dispositions()["0.p2.0.0"] == "dropped:resampled"
+
+
+def test_a_rank_alone_must_have_all_groups(make_run):
+    run = make_run()
+    run.log.append(plain_group(1))
+    with pytest.raises(KeyError):
+        run.local_groups(["0.p1.0", "0.p2.0"])
+    run.ranks = Ranks(1, 2)
+    assert [group.id for group in run.local_groups(["0.p1.0", "0.p2.0"])] == ["0.p1.0"]
+
+
+def test_handlers_of_one_command_keep_the_order_given():
+    first, second, third = (lambda _, n=n: n for n in range(3))
+    combined = combine_handlers({e.Checkpoint: first}, {e.Checkpoint: second, e.Train: third})
+    assert combined == {e.Checkpoint: [first, second], e.Train: [third]}
