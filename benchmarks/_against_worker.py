@@ -34,12 +34,12 @@ def micro_step(version: Any, small: bool, golden: str) -> Sample:
 
 
 def smollm2_step(version: Any, small: bool, golden: str) -> Sample:
-    """SmolLM2-135M's shape, random weights: one group of 8, prompt 128, responses of 32 to 128 tokens."""
+    """SmolLM2-135M's shape, random weights: one group of 8, prompt 64, responses of 16 to 32 tokens."""
     shape = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
     if small:
         shape |= {"vocab_size": 512, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
-    return _train_step(version, shape | heads, groups=1, prompt=128, responses=(32, 128), repeats=1)
+    return _train_step(version, shape | heads, groups=1, prompt=64, responses=(16, 32), repeats=1)
 
 
 def _train_step(
