@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test demo prove lint setup docs clean
+.PHONY: quickstart test demo prove gpu lint setup docs clean
 
 quickstart: setup
 	@$(BIN)/oapl train recipes/quickstart.toml
@@ -15,6 +15,9 @@ demo: setup
 
 prove: setup
 	@$(BIN)/python -m pytest tests -m "slow or gpu" --proofs=proofs.json $(ARGS)
+
+gpu: setup
+	@PYTHONPATH=kernels:. $(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import torch
 
+from oapl_engine import train
 from oapl_engine.config import load_recipe
 from oapl_engine.report.metrics import read_metrics
 from oapl_engine.rollout_log.database import CorruptLogError
@@ -20,7 +21,6 @@ from oapl_engine.scheduler import core
 from oapl_engine.scheduler import events as e
 from oapl_engine.scheduler.buffer import Buffer, BufferedGroup
 from oapl_engine.scheduler.state import Settings, State
-from oapl_engine.train import run_recipe
 from tests.conftest import ROOT
 from tests.support.record_golden import OBJECTIVES, head_values, instruction_set
 
@@ -98,7 +98,7 @@ def weight_hashes(directory):
 @pytest.fixture(scope="module")
 def offline_run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("golden") / "run"
-    assert run_recipe(offline_recipe(directory)) == 0
+    assert train.run_recipe(offline_recipe(directory)) == 0
     return directory
 
 
@@ -121,14 +121,14 @@ def test_run_continues_from_the_recorded_checkpoint(offline_run, tmp_path):
     with sqlite3.connect(directory / "journal.sqlite") as journal:
         journal.execute("DELETE FROM step WHERE state = 'done' AND step > 3")
     assert weight_hashes(directory).keys() == {"1", "2", "3"}
-    assert run_recipe(offline_recipe(directory)) == 0
+    assert train.run_recipe(offline_recipe(directory)) == 0
     if OFFLINE["instruction_set"] == instruction_set():
         assert weight_hashes(directory) == OFFLINE["weight_hash"]
     last = read_metrics(directory / "metrics.jsonl")[-1]
     assert last["loss"] == same(OFFLINE)(OFFLINE["metrics"][-1]["loss"])
 
 
-def test_run_directory_of_the_old_version_is_refused(refused, tmp_path):
+def test_run_directory_of_the_old_version_is_refused(tmp_path, capsys):
     directory = tmp_path / "old_run"
     shutil.copytree(GOLDEN / "old_run", directory)
 
@@ -137,8 +137,10 @@ def test_run_directory_of_the_old_version_is_refused(refused, tmp_path):
         return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     before = contents()
-    words = [str(directory), "another version", "new --run.dir"]
-    refused(words, "train", ROOT / "recipes" / "micro_offline.toml", "--run.dir", directory)
+    assert train.main([str(ROOT / "recipes" / "micro_offline.toml"), "--run.dir", str(directory)]) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith(f"error: run.dir = {directory} was written by another version of oapl-engine")
+    assert "start in a new --run.dir" in message
     assert contents() == before
 
 
