@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from oapl_engine.weights.receiver.extension import WeightReport
-from oapl_engine.weights.receiver.layer_check import LayerProbe
+from oapl_engine.weights.receiver.layer_check import LayerCheck
+from oapl_engine.weights.receiver.vllm_plugin import WeightReport
 
 
 class Timed(WeightReport):
@@ -30,7 +30,7 @@ class Timed(WeightReport):
     def _repack(model: torch.nn.Module) -> float:
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-        weights = {layer.weight.data_ptr(): layer.weight for layer in LayerProbe(model).layers.values()}
+        weights = {layer.weight.data_ptr(): layer.weight for layer in LayerCheck(model).layers.values()}
         begin = time.perf_counter()
         for weight in weights.values():  # one packed copy at a time: memory for all of them is not the question
             layer = torch.nn.Module()
@@ -39,11 +39,11 @@ class Timed(WeightReport):
         return time.perf_counter() - begin
 
     def _memcpy(self, update: Any) -> float:
-        buffers = update.inbox.buffers
+        buffers = update.reader.buffers
         self.copied = getattr(self, "copied", None) or [torch.zeros_like(b) for b in buffers]
         begin = time.perf_counter()
-        for bucket, sources in update.buckets.items():
-            last = sources[-1].tensor
+        for bucket, slices in update.buckets.items():
+            last = slices[-1].sent
             length = (last.storage_offset() + last.numel()) * last.element_size()
             self.copied[bucket % 2][:length].copy_(buffers[bucket % 2][:length])
         return time.perf_counter() - begin

@@ -1,7 +1,7 @@
 """Publishing weights into a live vLLM engine on CPU, against a two-process copy and against vLLM's own ways.
 
 Every publish is whole: pause, cast of float32 masters to bfloat16, checksums on both sides, scatter into the engine's
-live parameters, read-back, proof of the layers, prefix cache, a golden prompt, resume. "copy" moves the same float32
+live parameters, read-back, proof of the layers, prefix cache, a probe prompt, resume. "copy" moves the same float32
 tensors through the same two buckets into another process with the same cast and nothing else. Trainer and engine work
 at once and share the cores; in the row "memfd, in turn" each bucket is packed, sent and taken before the next one, and
 "memcpy" is of the same buckets inside the engine's process, alone as the scatter of that row is. vLLM's own ways are
@@ -15,17 +15,16 @@ Seconds are medians of rounds after the first. 7B rows are predicted from bytes 
 from __future__ import annotations
 
 import argparse
-import functools
+import contextlib
+import itertools
 import json
-import mmap
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,16 @@ import torch
 from oapl_kernels import backend
 from safetensors.torch import save_file
 
+from benchmarks._in_turn import InTurn
+from benchmarks._two_process_copy import copy_seconds
 from oapl_engine.data.model_folder import SMOLLM2, resolve_model
-from oapl_engine.inference.supervisor import EngineOptions, start_engine
-from oapl_engine.rollout.collector import Collector
-from oapl_engine.weights.attest import TOLERANCE, Golden
+from oapl_engine.inference.options import EngineOptions
+from oapl_engine.rollout.session import EngineSession
+from oapl_engine.weights.attest import TOLERANCE, ProbePrompts
 from oapl_engine.weights.bucket_layout import lay_out
-from oapl_engine.weights.publish import Publisher
-from oapl_engine.weights.transports import make_buckets
+from oapl_engine.weights.control import EngineControl, Inspect
+from oapl_engine.weights.publish import Publisher, publish_paused
+from oapl_engine.weights.transports import Buckets, make_buckets
 
 BUCKET = 64 << 20
 PHASES = ("pack", "take", "check", "scatter", "read_back", "finish", "attest", "total")
@@ -54,7 +56,7 @@ SHAPES = {
 }
 TRANSPORTS = ("memfd", "file", "gloo")
 IN_TURN = "memfd, in turn"
-GOLDEN = "Natalia sold 48 clips in April, and half as many in May. In all she sold"  # 16 tokens and more
+PROBE = "Natalia sold 48 clips in April, and half as many in May. In all she sold"  # 16 tokens and more
 
 
 def main(argv: list[str]) -> int:
@@ -99,12 +101,12 @@ def checkpoint(name: str, scratch: Path) -> tuple[str, Any]:
 
 def measure(name: str, rounds: int, scratch: Path) -> dict[str, Any]:
     folder, model = checkpoint(name, scratch)
-    weights = lambda: model.named_parameters()  # noqa: E731
-    layout = lay_out(weights(), torch.bfloat16, BUCKET)
-    moved = 2 * sum(p.count for p in layout.pieces)
+    layout = lay_out(model.named_parameters(), torch.bfloat16, BUCKET)
+    moved = 2 * sum(part.length for part in layout.slices)
     row: dict[str, Any] = {"bytes": moved, "bucket_bytes": layout.size, "threads": torch.get_num_threads()}
-    row["instruction_set"] = backend.extension().instruction_set() if backend.extension() else "no C++ extension"
-    row["copy"] = two_process_copy(weights, layout, rounds)
+    extension = backend.extension()
+    row["instruction_set"] = extension.instruction_set() if extension else "no C++ extension"
+    row["copy"] = copy_seconds(model.named_parameters, layout, rounds)
     row["transports"] = publishes(folder, model, rounds, scratch)
     row["save"] = save_seconds(model, max(2, rounds // 2), scratch / "saved")
     row["vllm"] = vllm_paths(folder, rounds)
@@ -113,68 +115,72 @@ def measure(name: str, rounds: int, scratch: Path) -> dict[str, Any]:
 
 def publishes(folder: str, model: Any, rounds: int, scratch: Path) -> dict[str, dict[str, float]]:
     """Median seconds by phase for each transport, into one live engine."""
-    prompts = [golden_tokens(folder, model.config.vocab_size)]
-    options = EngineOptions(folder, dtype="bfloat16", max_model_len=256, kv_cache_mb=256)
-    options = functools.partial(type(options), **vars(options) | {"worker_extension": "benchmarks._vllm_paths.Timed"})()
+    prompt = probe_tokens(folder, model.config.vocab_size)
+    timing = "benchmarks._vllm_paths.Timed"
+    options = EngineOptions(folder, dtype="bfloat16", max_model_len=256, kv_cache_mb=256, worker_extension=timing)
     found: dict[str, dict[str, float]] = {}
-    with start_engine(options, scratch / "engine.log") as engine:
-        collector = Collector(engine.client, _no_verdict, lambda group: None)
-        control = lambda p, body: collector.call(engine.client.control(p, body))  # noqa: E731
-        version = 0
+    with EngineSession(options, scratch / "engine.log") as session:
+        versions = itertools.count(1)
         for way in (*TRANSPORTS, IN_TURN):
-            golden = Golden(prompts, functools.partial(logprobs, model), TOLERANCE["bfloat16"])
-            make = functools.partial(make_buckets, way.partition(",")[0])
-            publisher = Publisher(model.named_parameters, control, BUCKET, golden=golden, make_buckets=make)
-            if way == IN_TURN:
-                publisher._sender = InTurn()  # type: ignore[assignment]
-            reports, timed = [], []
-            for _ in range(rounds + 1):
-                change(model)
-                version += 1
-                reports.append(publisher.publish(version))
-                timed.append(control("inspect", {})["reports"][0])
-            names = reports[-1].seconds
-            found[way] = {n: statistics.median(r.seconds[n] for r in reports[1:] if n in r.seconds) for n in names}
-            found[way] |= {"first": reports[0].seconds["total"], "changed_share": reports[-1].changed_share}
-            found[way]["score"] = statistics.median(
-                _seconds(control, "score", {"token_ids": prompts[0]}) for _ in range(5)
-            )
-            found[way] |= {name: statistics.median(t[name] for t in timed[1:]) for name in ("memcpy", "repack")}
-            publisher.close()
-        collector.close()
+            with open_publisher(way, model, session.control, prompt) as publisher:
+                reports, timed = [], []
+                for _ in range(rounds + 1):
+                    change(model)
+                    reports.append(timed_publish(publisher, next(versions)))
+                    timed.append(session.control.update(Inspect()).reports[0])
+            row = {n: statistics.median(r[n] for r in reports[1:] if n in r) for n in reports[-1]}
+            row |= {"first": reports[0]["total"], "changed_share": reports[-1]["changed_share"]}
+            row |= {name: statistics.median(t[name] for t in timed[1:]) for name in ("memcpy", "repack")}
+            row["score"] = statistics.median(seconds_of(session.control.score, prompt) for _ in range(5))
+            found[way] = row
     return found
 
 
-def _seconds(control: Callable[[str, dict[str, Any]], Any], phase: str, payload: dict[str, Any]) -> float:
+def timed_publish(publisher: Publisher, version: int) -> dict[str, float]:
+    """Seconds by phase, `total` from pause to resume, and changed_share."""
     begin = time.perf_counter()
-    control(phase, payload)
+    report = publish_paused(publisher, version)
+    return report.seconds | {"total": time.perf_counter() - begin, "changed_share": report.changed_share}
+
+
+def seconds_of(function: Callable[..., Any], *arguments: Any) -> float:
+    begin = time.perf_counter()
+    function(*arguments)
     return time.perf_counter() - begin
 
 
-def golden_tokens(folder: str, vocabulary: int) -> list[int]:
+@contextlib.contextmanager
+def open_publisher(way: str, model: Any, control: EngineControl, prompt: list[int]) -> Iterator[Publisher]:
+    """A publisher for one row of the table, closed afterwards."""
+    turns = InTurn(control) if way == IN_TURN else None
+
+    def make(size: int) -> Buckets:
+        buckets = make_buckets(way.partition(",")[0], size)
+        return turns.follow(buckets) if turns else buckets
+
+    def trainer_logprobs(prompts: Any) -> list[np.ndarray]:
+        if turns:
+            turns.wait_for_score()
+        return logprobs(model, prompts)
+
+    probes = ProbePrompts([prompt], trainer_logprobs, TOLERANCE["bfloat16"])
+    publisher = Publisher(
+        model.named_parameters, turns or control, bucket_bytes=BUCKET, probes=probes, make_buckets=make
+    )
+    try:
+        yield publisher
+    finally:
+        publisher.close()
+
+
+def probe_tokens(folder: str, vocabulary: int) -> list[int]:
     """16 ids: of a text that the model may know, or at random for random weights."""
     from transformers import AutoTokenizer
 
     if not Path(folder, "tokenizer_config.json").exists():
         return np.random.default_rng(0).integers(2, vocabulary, 16).tolist()
-    ids: list[int] = AutoTokenizer.from_pretrained(folder)(GOLDEN)["input_ids"]
+    ids: list[int] = AutoTokenizer.from_pretrained(folder)(PROBE)["input_ids"]
     return ids[:16]
-
-
-class InTurn:
-    """The publisher's sender thread, without the thread."""
-
-    def submit(self, function: Any, *arguments: Any) -> Future[Any]:
-        done: Future[Any] = Future()
-        done.set_result(function(*arguments))
-        return done
-
-    def shutdown(self) -> None:
-        pass
-
-
-async def _no_verdict(*_: Any) -> Any:
-    raise NotImplementedError
 
 
 @torch.no_grad()
@@ -189,56 +195,6 @@ def logprobs(model: Any, prompts: list[list[int]]) -> list[np.ndarray]:
     tokens = torch.tensor(prompts)
     logits = model(tokens).logits[:, :-1].log_softmax(-1)
     return list(logits.gather(2, tokens[:, 1:, None])[..., 0].numpy())
-
-
-def two_process_copy(weights: Callable[[], Any], layout: Any, rounds: int) -> float:
-    """Seconds for float32 tensors → bfloat16 in two shared buckets → memory of another process, pipelined."""
-    fds = [os.memfd_create("copy") for _ in range(2)]
-    for fd in fds:
-        os.ftruncate(fd, layout.size)
-    views = [torch.frombuffer(mmap.mmap(fd, layout.size), dtype=torch.uint8) for fd in fds]
-    lengths = [(b[-1].offset + 2 * b[-1].count) for b in layout.buckets()]
-    command = [
-        sys.executable,
-        "-c",
-        "from benchmarks.weights import _copy_out; _copy_out()",
-        json.dumps([*fds, layout.size, lengths]),
-    ]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=fds, bufsize=0)
-    assert child.stdin
-    assert child.stdout
-    child.stdout.read(1)
-    tensors, seconds = dict(weights()), []
-    for _ in range(rounds + 1):
-        begin = time.perf_counter()
-        for number, pieces in enumerate(layout.buckets()):
-            if number >= 2:
-                child.stdout.read(1)
-            for p in pieces:
-                place = views[number % 2][p.offset : p.offset + 2 * p.count].view(torch.bfloat16)
-                place.copy_(tensors[p.name].detach().view(-1)[p.start : p.start + p.count])
-            child.stdin.write(b".")
-        for _ in range(min(2, len(lengths))):
-            child.stdout.read(1)
-        seconds.append(time.perf_counter() - begin)
-    child.stdin.close()
-    child.wait()
-    for fd in fds:
-        os.close(fd)
-    return statistics.median(seconds[1:])
-
-
-def _copy_out() -> None:
-    *fds, size, lengths = json.loads(sys.argv[1])
-    buffers = [torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8) for fd in fds]
-    places = [torch.zeros(length, dtype=torch.uint8) for length in lengths]
-    os.write(1, b"r")
-    while True:
-        for number, place in enumerate(places):
-            if not os.read(0, 1):
-                return
-            place.copy_(buffers[number % 2][: len(place)])
-            os.write(1, b".")
 
 
 def save_seconds(model: Any, rounds: int, folder: Path) -> float:
@@ -306,7 +262,7 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def proven(seconds: dict[str, float]) -> float:
-    """Pack, move, check, scatter, attest by checksums and layers: all that grows with bytes. Without golden prompts."""
+    """Pack, move, check, scatter, attest by checksums and layers: all that grows with bytes. Without probe prompts."""
     return seconds["transfer"] + seconds["finish"]
 
 
@@ -315,7 +271,7 @@ def beside(row: dict[str, Any]) -> dict[str, float]:
     alone = row["transports"][IN_TURN]
     return {
         "two-process copy of the same tensors through the same buckets, same cast": row["copy"],
-        "the engine's part of a golden prompt, alone on the cores": alone["score"],
+        "the engine's part of a probe prompt, alone on the cores": alone["score"],
         "writing a bfloat16 checkpoint (no fsync)": row["save"],
         "vLLM's reload of a checkpoint (page cache warm), in a stock engine": row["vllm"]["reload from disk"],
         "vLLM's layerwise reload of tensors in its memory": row["vllm"]["layerwise from memory"],
@@ -325,8 +281,8 @@ def beside(row: dict[str, Any]) -> dict[str, float]:
 
 AIMS = {
     "scatter against a memcpy of the same buckets, both alone on the cores": 0.6,
-    "publish without golden prompt against the two-process copy": 0.3,
-    "publish with golden prompt against the two-process copy": 0.3,
+    "publish without probe prompt against the two-process copy": 0.3,
+    "publish with probe prompt against the two-process copy": 0.3,
     "whole publish against the reload from disk, nothing written": 10,
     "whole publish against writing a checkpoint and reloading it": 10,
     "whole publish against the layerwise reload": 10,

@@ -15,10 +15,12 @@ import numpy as np
 import psutil
 import pytest
 
-from oapl_engine.inference.client import EngineLost, EngineRefusedError
+from oapl_engine.inference.client import EngineLostError, EngineRefusedError
+from oapl_engine.inference.options import EngineOptions
 from oapl_engine.inference.protocol import Sampling
-from oapl_engine.inference.supervisor import EngineOptions, EngineStartError, start_engine
+from oapl_engine.inference.supervisor import Engine, EngineStartError
 from oapl_engine.rollout.collector import Collector
+from oapl_engine.rollout.session import EngineSession
 from oapl_engine.samples import Prompt
 
 pytestmark = pytest.mark.live
@@ -28,18 +30,18 @@ NOTICE_SECONDS = 2.0  # until a dead engine is noticed
 
 
 def options(model, **more):
-    return EngineOptions(str(model), max_model_len=128, kv_cache_mb=64, threads=1, weight_backend="", **more)
+    return EngineOptions(str(model), max_model_len=128, kv_cache_mb=64, takes_updates=False, **more)
 
 
 @pytest.fixture(scope="module")
 def engine(micro_checkpoint, tmp_path_factory):
-    with start_engine(options(micro_checkpoint), tmp_path_factory.mktemp("log") / "engine.log") as engine:
+    with Engine(options(micro_checkpoint), tmp_path_factory.mktemp("log") / "engine.log") as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
 def collector(engine):
-    collector = Collector(engine.client, None, None)
+    collector = Collector(engine.client)
     yield collector
     collector.close()
 
@@ -50,7 +52,7 @@ def generate(collector, token_ids, n=1, **how):
 
 
 def tokens(sample):
-    return np.frombuffer(sample.token_ids, "<i4").tolist()
+    return sample.ids().tolist()
 
 
 def leftovers(pid):
@@ -91,10 +93,12 @@ def test_rescoring_a_sample_gives_its_log_probs_back(engine, collector):
         assert np.abs(scores[3:] - np.frombuffer(sample.logprobs, "<f4")).max() <= 1e-5
 
 
-def test_a_prompt_is_prefilled_once_for_all_samples_of_a_group(collector):
+def test_a_prompt_is_prefilled_once_for_all_samples_of_a_group(engine, collector):
     prompt = np.random.default_rng(1).integers(2, 48, 70).tolist()
-    cached = sorted(s.cached_tokens for s in generate(collector, prompt, 4, max_new_tokens=2, ignore_stops=True))
-    assert cached == [0, 64, 64, 64], "two full blocks of 32 tokens"
+    before = collector.call(engine.client.counters())["prompt_tokens_cached"]
+    generate(collector, prompt, 4, max_new_tokens=2, ignore_stops=True)
+    cached = collector.call(engine.client.counters())["prompt_tokens_cached"] - before
+    assert cached == 3 * 64, "two full blocks of 32 tokens, for all samples but the first"
 
 
 def test_a_response_ends_with_its_stop_token_which_has_a_log_prob(collector):
@@ -113,11 +117,20 @@ def test_without_stop_tokens_the_models_eos_ends_a_response(collector):
     assert {tokens(s)[-1] for s in samples if s.finish == "stop"} == {1}
 
 
-def test_a_seed_repeats_a_group_and_its_samples_differ(collector):
-    first = generate(collector, [9, 8], 3, max_new_tokens=20, seed=5, ignore_stops=True)
-    again = generate(collector, [9, 8], 3, max_new_tokens=20, seed=5, ignore_stops=True)
-    assert [tokens(s) for s in first] == [tokens(s) for s in again]
-    assert len({s.token_ids for s in first}) == 3
+def test_the_samples_of_a_group_differ(collector):
+    assert len({s.token_ids for s in generate(collector, [9, 8], 3, max_new_tokens=20, ignore_stops=True)}) == 3
+
+
+@pytest.mark.slow
+def test_a_seed_repeats_the_samples_of_a_fresh_engine(micro_checkpoint, tmp_path):
+    def first_samples(seed):
+        with EngineSession(options(micro_checkpoint, seed=seed), tmp_path / "engine.log") as session:
+            return [tokens(generate(session.collector, [9, 8], max_new_tokens=20, ignore_stops=True)[0]) for _ in "12"]
+
+    first, again, other = first_samples(5), first_samples(5), first_samples(6)
+    assert first == again
+    assert first[0] != first[1]
+    assert first != other
 
 
 @pytest.mark.parametrize(("mode", "finish", "length"), [("drain", "length", 100), ("abort", "abort", None)])
@@ -153,7 +166,7 @@ def test_the_counters_add_up_to_the_tokens_that_came_out(engine, collector):
     samples = generate(collector, [3, 4, 5], 8, max_new_tokens=17)
     after = collector.call(engine.client.counters())
     assert after["tokens_generated"] - before["tokens_generated"] == sum(len(tokens(s)) for s in samples)
-    assert after["samples_finished"] - before["samples_finished"] == 8
+    assert after["samples_running"] == 0
     assert after["incarnation"] == 0
 
 
@@ -173,14 +186,14 @@ def test_nothing_listens_beyond_loopback(engine):
 
 def test_a_killed_engine_is_noticed_its_calls_fail_and_a_restart_serves(micro_checkpoint, tmp_path, nothing_left):
     lost = threading.Event()
-    engine = start_engine(options(micro_checkpoint), tmp_path / "engine.log", on_lost=lambda e: lost.set())
-    collector = Collector(engine.client, None, None)
+    engine = Engine(options(micro_checkpoint), tmp_path / "engine.log", on_lost=lambda e: lost.set())
+    collector = Collector(engine.client)
     errors = []
 
     def work():
         try:
             generate(collector, [3, 4], 4, max_new_tokens=120, ignore_stops=True)
-        except EngineLost as error:
+        except EngineLostError as error:
             errors.append(error)
 
     thread = threading.Thread(target=work)
@@ -204,8 +217,9 @@ def test_a_killed_engine_is_noticed_its_calls_fail_and_a_restart_serves(micro_ch
 
 OWNER = """
 import json, sys, time
-from oapl_engine.inference.supervisor import EngineOptions, start_engine
-engine = start_engine(EngineOptions(**json.loads(sys.argv[1])), sys.argv[2])
+from oapl_engine.inference.options import EngineOptions
+from oapl_engine.inference.supervisor import Engine
+engine = Engine(EngineOptions(**json.loads(sys.argv[1])), sys.argv[2])
 print(engine.pid, flush=True)
 time.sleep(600)
 """
@@ -213,7 +227,7 @@ time.sleep(600)
 
 @pytest.mark.parametrize("stage", ["serving", "starting"])
 def test_an_engine_dies_with_its_killed_owner_and_leaves_nothing(micro_checkpoint, tmp_path, stage, nothing_left):
-    arguments = {"model": str(micro_checkpoint), "max_model_len": 128, "kv_cache_mb": 64, "weight_backend": ""}
+    arguments = {"model": str(micro_checkpoint), "max_model_len": 128, "kv_cache_mb": 64, "takes_updates": False}
     command = [sys.executable, "-c", OWNER, json.dumps(arguments), str(tmp_path / "engine.log")]
     owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     if stage == "serving":
@@ -230,12 +244,12 @@ def test_an_engine_dies_with_its_killed_owner_and_leaves_nothing(micro_checkpoin
 def test_a_model_that_cannot_be_loaded_is_an_error_with_the_end_of_the_log(tmp_path, nothing_left):
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "nonsense"}')
     with pytest.raises(EngineStartError, match="nonsense"):
-        start_engine(options(tmp_path), tmp_path / "engine.log")
+        Engine(options(tmp_path), tmp_path / "engine.log")
     nothing_left(os.getpid())
 
 
 def test_an_engine_that_does_not_get_ready_in_time_is_ended(micro_checkpoint, tmp_path):
     before = psutil.Process().children()
     with pytest.raises(EngineStartError, match="did not get ready in 1 s"):
-        start_engine(options(micro_checkpoint), tmp_path / "engine.log", start_seconds=1.0)
+        Engine(options(micro_checkpoint), tmp_path / "engine.log", start_seconds=1.0)
     assert psutil.Process().children() == before

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from oapl_engine.weights.receiver.extension import WeightReport
+from oapl_engine.weights.receiver.vllm_plugin import WeightReport
 
 
 def fault():
@@ -49,7 +49,6 @@ class Faulty(WeightReport):
 
             model.lm_head.cpu_linear = torch.nn.functional.linear
         if what == "lost scatter":
-            source = next(
-                s for ss in update.buckets.values() for s in ss if s.name.endswith("layers.1.mlp.up_proj.weight")
-            )
-            source.pairs = [(live.clone(), sent) for live, sent in source.pairs]
+            slices = [part for bucket in update.buckets.values() for part in bucket]
+            lost = next(part for part in slices if part.name.endswith("layers.1.mlp.up_proj.weight"))
+            lost.copies = [(live.clone(), sent) for live, sent in lost.copies]

@@ -16,7 +16,7 @@ import psutil
 READY_SECONDS = 300
 
 
-class StockServer:
+class ServerProcess:
     """`python -m vllm.entrypoints.openai.api_server` for a model folder, ready when the constructor returns."""
 
     def __init__(self, folder, log, max_model_len=128):
@@ -27,7 +27,7 @@ class StockServer:
         command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "m", "--dtype", "float32"]
         command += ["--skip-tokenizer-init", "--enforce-eager", "--max-model-len", str(max_model_len)]
         command += ["--weight-transfer-config", '{"backend": "oapl"}', "--worker-extension-cls"]
-        command += ["oapl_engine.weights.receiver.extension.WeightReport", "--logprobs-mode", "processed_logprobs"]
+        command += ["oapl_engine.weights.receiver.vllm_plugin.WeightReport", "--logprobs-mode", "processed_logprobs"]
         environment = os.environ | {
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_HOST_IP": "127.0.0.1",

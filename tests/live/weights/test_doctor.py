@@ -25,13 +25,13 @@ def test_identical_weights_are_said_in_the_last_line(oapl, micro_model):
 @pytest.mark.live
 @pytest.mark.slow
 def test_one_element_that_differs_is_found_and_named(micro_model, monkeypatch):
-    published = doctor._publish_perturbed
+    published = doctor.publish_perturbed
 
     def publish_then_drift(policy, control):
         published(policy, control)
         with torch.no_grad():
             policy.model.model.layers[1].mlp.down_proj.weight[3, 3] += 1e-3
 
-    monkeypatch.setattr(doctor, "_publish_perturbed", publish_then_drift)
+    monkeypatch.setattr(doctor, "publish_perturbed", publish_then_drift)
     difference = doctor.check_weights(str(micro_model))
     assert difference.startswith("model.layers.1.mlp.down_proj.weight in rank 0 of the live engine differs")

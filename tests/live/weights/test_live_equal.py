@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from oapl_engine.inference.options import EngineOptions
 from oapl_engine.inference.protocol import Sampling
-from oapl_engine.inference.supervisor import EngineOptions, start_engine
-from oapl_engine.rollout.collector import Collector
+from oapl_engine.rollout.session import EngineSession
 from oapl_engine.samples import Prompt
-from oapl_engine.weights.publish import Publisher
+from oapl_engine.weights.control import Inspect
+from oapl_engine.weights.publish import Publisher, publish_paused
 from oapl_engine.weights.transports import make_buckets
 from tests.live.weights.test_plan_of_vllm_models import EXPERTS, SMALL
 
@@ -46,27 +47,25 @@ def make_checkpoint(kind, more, folder, seed):
 
 def answers(options, log, vocabulary, update=None):
     """Checksums of the parameters by rank and name, greedy tokens, and what update(control) returned."""
-    with start_engine(options, log) as engine:
-        collector = Collector(engine.client, None, None)
-        report = update(lambda p, body: collector.call(engine.client.control(p, body))) if update else None
-        checksums = collector.call(engine.client.transfer("inspect", {}))["reports"]
+    with EngineSession(options, log) as session:
+        report = update(session.control) if update else None
+        checksums = session.control.update(Inspect()).reports
         rng = np.random.default_rng(0)
         prompts = [Prompt(str(i), rng.integers(2, vocabulary, 40).astype(np.int32), "") for i in range(8)]
         how = Sampling(temperature=0, max_new_tokens=24, ignore_stops=True)
-        tokens = [g[0].token_ids for g in collector.generate_many(prompts, 1, how)]
-        collector.close()
+        tokens = [group[0].token_ids for group in session.generate(prompts, 1, how)]
     return checksums, tokens, report
 
 
 def compare(first, second, weights, transport, log, dtype=torch.float32, ranks=1, vocabulary=50):
     """Publish `weights` (those of folder `second`) into an engine on folder `first`; start another on `second`."""
-    options = functools.partial(EngineOptions, max_model_len=128, kv_cache_mb=64, threads=1, tensor_parallel=ranks)
+    options = functools.partial(EngineOptions, max_model_len=128, kv_cache_mb=64, tensor_parallel=ranks)
     make = functools.partial(make_buckets, transport, ranks=ranks)
 
     def update(control):
-        publisher = Publisher(weights, control, 64 << 10, dtype, make_buckets=make)
+        publisher = Publisher(weights, control, bucket_bytes=64 << 10, dtype=dtype, make_buckets=make)
         try:
-            return publisher.publish(1)
+            return publish_paused(publisher, 1)
         finally:
             publisher.close()
 

@@ -1,5 +1,6 @@
 """A fault campaign against a live engine: every fault is refused before the engine serves, with its parameter named."""
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -28,7 +29,7 @@ class Campaign:
         name = str(self.rng.choice(self.names))
         if kind in ("dropped", "renamed", "reshaped", "duplicated") and self.rng.random() < 0.5:
             rig.publisher.engine_restarted()  # the fault is there when the plan is made
-        served = rig.collector.call(rig.engine.client.counters())
+        served = rig.counters()
         rig.change()
         try:
             expected = getattr(self, kind.replace(" ", "_"))(name)
@@ -44,17 +45,17 @@ class Campaign:
 
     def nothing_new_serves(self, served):
         """Either not a byte was written and the old version is whole, or the engine refuses to serve."""
-        now = self.rig.collector.call(self.rig.engine.client.counters())
+        now = self.rig.counters()
         if now["state"] == "complete":
             assert now["version"] == served["version"]
         else:
             with pytest.raises(EngineRefusedError, match="weights are incomplete"):
-                self.rig.collector.call(self.rig.engine.client.resume())
+                self.rig.control.resume()
         assert not self.rig.served_within(0.05)
 
     def mend(self):
         rig = self.rig
-        rig.corrupt = None
+        rig.control.let_go()
         rig.publisher.named_tensors = rig.model.named_parameters
         rig.fault.write_text("live head")
         rig.publisher.engine_restarted()
@@ -88,19 +89,23 @@ class Campaign:
         return name.rsplit(".", 2 if "_proj" in name else 1)[0]
 
     def lost(self, name):
-        self.rig.corrupt = lambda payload: payload["checksums"].pop(name, None)
+        def lose(bucket):
+            kept = {label: value for label, value in bucket.checksums.items() if label != name}
+            return msgspec.structs.replace(bucket, checksums=kept)
+
+        self.rig.control.before["bucket"] = lose
         return name
 
     def flipped(self, name):
         where, bit = self.rng.random(), int(self.rng.integers(8))
 
-        def flip(payload):
-            if name in payload["checksums"]:
+        def flip(bucket):
+            if name in bucket.checksums:
                 publisher = self.rig.publisher
-                piece = next(p for p in publisher._layout.pieces if p.name == name)
-                publisher._buckets.views[piece.bucket % 2][piece.offset + int(where * 4 * piece.count)] ^= 1 << bit
+                part = next(p for p in publisher.layout.slices if p.name == name)
+                publisher.buckets.views[part.bucket % 2][part.offset + int(where * 4 * part.length)] ^= 1 << bit
 
-        self.rig.corrupt = flip
+        self.rig.control.before["bucket"] = flip
         return name
 
     def stale_head(self, name):
@@ -108,7 +113,7 @@ class Campaign:
         return "lm_head.weight"
 
     def prefix_cache_kept(self, name):
-        self.rig.control("score", {"token_ids": list(range(40))})  # a full block of the old version
+        self.rig.control.score(list(range(40)))  # a full block of the old version
         self.rig.fault.write_text("prefix cache kept")
         return "prefix cache"
 

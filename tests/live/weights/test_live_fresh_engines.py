@@ -1,24 +1,21 @@
 """After each of ten publishes the live engine says what a freshly loaded engine says with that version's checkpoint."""
 
-import numpy as np
 import pytest
 
+from oapl_engine.inference.options import EngineOptions
 from oapl_engine.inference.protocol import Sampling
-from oapl_engine.inference.supervisor import EngineOptions, start_engine
-from oapl_engine.rollout.collector import Collector
+from oapl_engine.rollout.session import EngineSession
 from oapl_engine.samples import Prompt
 
 pytestmark = [pytest.mark.live, pytest.mark.slow]
 
 
 def greedy_of_fresh_engine(folder, prompts, new_tokens):
-    options = EngineOptions(str(folder), max_model_len=128, kv_cache_mb=64, threads=1, weight_backend="")
-    with start_engine(options, folder / "engine.log") as engine:
-        collector = Collector(engine.client, None, None)
+    options = EngineOptions(str(folder), max_model_len=128, kv_cache_mb=64, takes_updates=False)
+    with EngineSession(options, folder / "engine.log") as session:
         how = Sampling(temperature=0, max_new_tokens=new_tokens, ignore_stops=True)
-        samples = collector.generate_many([Prompt(str(i), p, "test") for i, p in enumerate(prompts)], 1, how)
-        collector.close()
-    return [np.frombuffer(s[0].token_ids, "<i4").tolist() for s in samples]
+        groups = session.generate([Prompt(str(i), p, "test") for i, p in enumerate(prompts)], 1, how)
+    return [group[0].ids().tolist() for group in groups]
 
 
 def test_ten_versions_are_token_exact_with_fresh_engines(make_rig, tmp_path, figure):

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from oapl_engine.inference.client import EngineLost
+from oapl_engine.inference.client import EngineLostError
 from oapl_engine.inference.supervisor import reclaim_folders
 from tests.conftest import PROGRAMS
 from tests.unit.weights.test_transports import leftovers
@@ -36,7 +36,7 @@ def gone(pid):
 def publish_and_ask(rig):
     """A kill after the last call of a publish is noticed by the next one."""
     rig.publish()
-    rig.collector.call(rig.engine.client.counters())
+    rig.counters()
 
 
 def segments():
@@ -47,27 +47,17 @@ def test_an_engine_that_is_killed_at_any_phase_is_replaced_and_serves_whole_vers
     opened = leftovers()[2]  # of tests before this one
     rig = make_rig()
     rig.publish()
-    shared, control, mixed = segments(), rig.control, 0
+    shared, mixed = segments(), 0
     for kill in range(ENGINE_KILLS):
-        phase, after = PHASES[kill % len(PHASES)], kill % 2
         dead = rig.engine.pid
-
-        def deadly(name, payload, phase=phase, after=after, pid=dead):
-            answer = control(name, payload) if after and name == phase else None
-            if name == phase and payload.get("bucket", 2) == 2:
-                os.kill(pid, signal.SIGKILL)
-            return answer if after and name == phase else control(name, payload)
-
-        rig.publisher.control = deadly
+        rig.control.kill(dead, PHASES[kill % len(PHASES)], ("before", "after")[kill % 2])
         rig.publisher.engine_restarted()  # so that every publish has an init
         rig.change()
-        with pytest.raises(EngineLost):
+        with pytest.raises(EngineLostError):
             publish_and_ask(rig)
         assert gone(dead)
-        rig.publisher.control = control
-        rig.engine.restart()
-        rig.collector.attach(rig.engine.client)
-        rig.publisher.engine_restarted()
+        rig.control.let_go()
+        rig.restart()
         rig.publish()
         mixed += rig.greedy_of_engine() != rig.greedy_of_trainer()
     figure("engines killed", ENGINE_KILLS)

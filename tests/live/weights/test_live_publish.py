@@ -4,6 +4,7 @@ import copy
 import threading
 import time
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from oapl_engine.inference.client import EngineRefusedError
 from oapl_engine.inference.protocol import Sampling
 from oapl_engine.samples import Prompt
 from oapl_engine.weights.attest import WeightMismatchError
+from oapl_engine.weights.control import Start
 
 pytestmark = pytest.mark.live
 
@@ -24,10 +26,11 @@ def rig(make_rig):
 @pytest.fixture(autouse=True)
 def whole(rig):
     """Each test begins with a served version and no fault."""
-    rig.corrupt = None
+    rig.control.let_go()
     rig.fault.unlink(missing_ok=True)
     yield
-    rig.corrupt = None
+    rig.control.let_go()
+    rig.mode = "drain"
     rig.fault.write_text("live head")
     rig.change()
     rig.publisher.engine_restarted()
@@ -40,12 +43,12 @@ def test_ten_publishes_by_one_process_each_token_exact_with_the_trainer(rig):
     for _ in range(10):
         rig.change()
         report = rig.publish()
-        assert rig.collector.call(rig.engine.client.version()) == rig.version
+        assert rig.counters()["version"] == rig.version
         assert rig.greedy_of_engine() == rig.greedy_of_trainer()
         assert report.gap.mean <= 2e-5
         assert report.gap.max <= 5e-4
         assert report.changed_share > 0.9
-    counters = rig.collector.call(rig.engine.client.counters())
+    counters = rig.counters()
     assert (rig.engine.pid, counters["pid"], counters["incarnation"]) == (pid, pid, 0)
 
 
@@ -63,7 +66,7 @@ def test_sampled_log_probs_are_those_of_the_trainer_at_the_temperature_of_sampli
     for temperature in (1.0, 0.7):
         how = Sampling(temperature=temperature, max_new_tokens=40, ignore_stops=True)
         for sample in rig.collector.generate_many([prompt], 4, how)[0]:
-            response = np.frombuffer(sample.token_ids, "<i4").tolist()
+            response = sample.ids().tolist()
             tokens = prompt.token_ids.tolist() + response
             with torch.no_grad():
                 logits = rig.model(torch.tensor([tokens])).logits[0, 7:-1] / temperature
@@ -82,28 +85,34 @@ def assert_refused(rig, parameter):
     assert refusal.value.parameter == parameter
     assert not rig.served_within(1.0)
     with pytest.raises(EngineRefusedError, match="weights are incomplete"):
-        rig.collector.call(rig.engine.client.resume())
+        rig.control.resume()
 
 
 def test_a_flipped_bit_is_refused_and_the_next_whole_version_serves(rig):
     name = "model.layers.1.self_attn.k_proj.weight"
 
-    def flip(payload):
-        if name in payload["checksums"]:
-            piece = next(p for p in rig.publisher._layout.pieces if p.name == name)
-            rig.publisher._buckets.views[piece.bucket % 2][piece.offset] ^= 4
+    def flip(bucket):
+        if name in bucket.checksums:
+            part = next(p for p in rig.publisher.layout.slices if p.name == name)
+            rig.publisher.buckets.views[part.bucket % 2][part.offset] ^= 4
 
-    rig.corrupt = flip
+    rig.control.before["bucket"] = flip
     assert_refused(rig, name)
-    rig.corrupt = None
+    rig.control.let_go()
     rig.publish()
     assert rig.served_within(30.0)
     assert rig.greedy_of_engine() == rig.greedy_of_trainer()
 
 
 def test_a_tensor_left_out_is_refused(rig):
-    rig.corrupt = lambda payload: payload["checksums"].pop("model.layers.2.mlp.down_proj.weight", None)
-    assert_refused(rig, "model.layers.2.mlp.down_proj.weight")
+    name = "model.layers.2.mlp.down_proj.weight"
+
+    def leave_out(bucket):
+        kept = {label: value for label, value in bucket.checksums.items() if label != name}
+        return msgspec.structs.replace(bucket, checksums=kept)
+
+    rig.control.before["bucket"] = leave_out
+    assert_refused(rig, name)
 
 
 def test_a_tied_head_that_stays_stale_is_refused(rig):
@@ -115,35 +124,35 @@ def test_values_that_do_not_reach_the_live_parameter_are_refused(rig):
     """Coverage of the compute path: the bytes arrived, were checked, and went elsewhere."""
     rig.fault.write_text("lost scatter")
     rig.change()
-    with pytest.raises(WeightMismatchError, match=r"golden prompt|gate_up_proj"):
+    with pytest.raises(WeightMismatchError, match=r"probe prompt|gate_up_proj"):
         rig.publish()
     assert not rig.served_within(1.0)
 
 
 def test_an_update_that_was_cut_short_serves_nothing_until_a_whole_version_arrives(rig):
-    rig.control("pause", {"mode": "abort"})
+    rig.control.pause("abort")
     rig.version += 1
-    rig.control("start", {"version": rig.version})
-    assert rig.collector.call(rig.engine.client.counters())["state"] == "incomplete"
+    rig.control.update(Start(rig.version))
+    assert rig.counters()["state"] == "incomplete"
     with pytest.raises(EngineRefusedError, match="weights are incomplete"):
-        rig.control("resume", {})
+        rig.control.resume()
     with pytest.raises(EngineRefusedError, match="weights are incomplete"):
-        rig.control("score", {"token_ids": [1, 2]})
+        rig.control.score([1, 2])
     rig.publish()
     assert rig.greedy_of_engine() == rig.greedy_of_trainer()
 
 
 def test_weights_do_not_change_while_the_engine_generates(rig):
-    reply = rig.control("start", {"version": rig.version + 1})
-    assert "call pause first" in reply["error"]
+    reply = rig.control.update(Start(rig.version + 1))
+    assert "call pause first" in reply.error
     assert rig.served_within(30.0)
 
 
 def test_a_version_that_does_not_grow_is_refused(rig):
-    rig.control("pause", {"mode": "abort"})
-    reply = rig.control("start", {"version": rig.version})
-    assert "versions only grow" in reply["error"]
-    rig.control("resume", {})
+    rig.control.pause("abort")
+    reply = rig.control.update(Start(rig.version))
+    assert "versions only grow" in reply.error
+    rig.control.resume()
 
 
 def begin_and_see(rig, begin, finished, number):
@@ -152,7 +161,7 @@ def begin_and_see(rig, begin, finished, number):
         finished.clear()
         thread = begin()
         while thread.is_alive():
-            if rig.collector.call(rig.engine.client.counters())["samples_running"] >= number:
+            if rig.counters()["samples_running"] >= number:
                 return thread
     raise AssertionError(f"{number} samples were never seen running")
 
@@ -164,7 +173,7 @@ def test_a_sample_that_is_kept_across_a_publish_carries_the_spans_of_both_versio
         how = Sampling(max_new_tokens=110, ignore_stops=True)
         finished.extend([s async for s in rig.engine.client.generate([5, 6, 7], 64, how)])
 
-    rig.publisher.on_publish = "keep"
+    rig.mode = "keep"
     old = rig.version
 
     def begin():
@@ -178,13 +187,12 @@ def test_a_sample_that_is_kept_across_a_publish_carries_the_spans_of_both_versio
     time.sleep(0.15)  # of about 0.6 s: some tokens of the old version
     rig.publish()
     thread.join()
-    rig.publisher.on_publish = "drain"
     for sample in finished:
         (first, start, cut), (second, again, end) = sample.spans
         assert (first, second, start, end) == (old, rig.version, 0, 110)
         assert cut == again
         assert 0 < cut < 110
-        tokens = [5, 6, 7, *np.frombuffer(sample.token_ids, "<i4").tolist()]
+        tokens = [5, 6, 7, *sample.ids().tolist()]
         now = rig.logprobs([tokens])[0][2:]
         assert np.abs(now - np.frombuffer(sample.logprobs, "<f4"))[cut:].max() <= 5e-4
 
@@ -205,18 +213,17 @@ def test_requests_in_flight_carry_the_version_that_each_token_was_sampled_under(
         return thread
 
     threads = []
-    rig.corrupt = lambda payload: threads.append(begin(late, [8, 9], 1)) if len(threads) == 1 else None
+    rig.control.before["bucket"] = lambda _: threads.append(begin(late, [8, 9], 1)) if len(threads) == 1 else None
     rig.change()
-    rig.publisher.on_publish = mode
+    rig.mode = mode
     threads.append(begin_and_see(rig, lambda: begin(running, [5, 6, 7], 4), running, 4))
     rig.publish()
-    rig.publisher.on_publish = "drain"
     for thread in threads:
         thread.join()
     assert len(running) == 4
     assert [s.spans for _, s in late] == [((rig.version, 0, 110),)]
     for prompt, sample in running + late:
-        tokens = [*prompt, *np.frombuffer(sample.token_ids, "<i4").tolist()]
+        tokens = [*prompt, *sample.ids().tolist()]
         assert sample.finish == ("abort" if mode == "abort" and (prompt, sample) in running else "length")
         ends = [end for _, _, end in sample.spans]
         assert [start for _, start, _ in sample.spans] == [0, *ends[:-1]][: len(ends)]

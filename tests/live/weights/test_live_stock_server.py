@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from oapl_engine.weights.publish import Publisher
-from oapl_engine.weights.stock_server import stock_server_control
+from oapl_engine.weights.control import Start
+from oapl_engine.weights.publish import Publisher, publish_paused
+from oapl_engine.weights.stock_server import StockServer
 from tests.conftest import PROGRAMS, ROOT
-from tests.support.rig import NEW_TOKENS, VOCABULARY, make_model
-from tests.support.stock_server import StockServer
+from tests.support.models import make_served_llama
+from tests.support.rig import NEW_TOKENS, VOCABULARY, greedy
+from tests.support.stock_server import ServerProcess
 
 pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -26,9 +28,8 @@ KILLS = 15
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stock")
-    server = StockServer.__new__(StockServer)
-    model = make_model(folder / "model")
-    StockServer.__init__(server, folder / "model", folder / "log")
+    model = make_served_llama(folder / "model", tied=True)
+    server = ServerProcess(folder / "model", folder / "log")
     server.model, server.folder = model, folder
     yield server
     server.close()
@@ -40,24 +41,21 @@ def prompts():
     return rng.integers(2, VOCABULARY, (6, 8))
 
 
-@torch.no_grad()
-def greedy(model, prompts):
-    tokens = torch.tensor(prompts)
-    for _ in range(NEW_TOKENS):
-        tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], 1)
-    return tokens[:, -NEW_TOKENS:].tolist()
-
-
 def change(model):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += torch.randn_like(parameter) * 0.05 * (parameter.std() if parameter.ndim > 1 else 0.1)
 
 
+def make_publisher(server):
+    control = StockServer(server.url)
+    return Publisher(server.model.named_parameters, control, bucket_bytes=64 << 10, dtype=torch.float32)
+
+
 def publish(server, version):
-    publisher = Publisher(server.model.named_parameters, stock_server_control(server.url), 64 << 10, torch.float32)
+    publisher = make_publisher(server)
     try:
-        return publisher.publish(version)
+        return publish_paused(publisher, version)
     finally:
         publisher.close()
 
@@ -107,11 +105,10 @@ def test_the_example_of_the_documentation_publishes(server, prompts):
 
 
 def test_a_server_that_is_resumed_in_mid_update_dies_rather_than_serve_a_mix(server, prompts):
-    control = stock_server_control(server.url)
-    publisher = Publisher(server.model.named_parameters, control, 64 << 10, torch.float32)
-    publisher.publish(1000)
-    control("pause", {"mode": "abort"})
-    control("start", {"version": 1001})
+    publisher = make_publisher(server)
+    publish_paused(publisher, 1000)
+    publisher.control.pause("abort")
+    assert publisher.control.update(Start(1001)).error is None
     urllib.request.urlopen(urllib.request.Request(server.url + "/resume", b"{}"), timeout=30).read()
     assert server.greedy(prompts, 1, timeout=30) is None
     publisher.close()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from oapl_engine.weights.control import TensorEntry
 from oapl_engine.weights.receiver.plan import PlanError, live_parameters, record
 
 pytestmark = pytest.mark.live
@@ -71,7 +72,7 @@ def build(folder):
 def test_replay_equals_load_weights(one_rank, tmp_path, name):
     weights = checkpoint(*MODELS[name], tmp_path)
     ours, theirs = build(tmp_path), build(tmp_path)
-    plan = record(ours, [(n, "float32", list(t.shape)) for n, t in weights.items()])
+    plan = record(ours, [TensorEntry(n, "float32", list(t.shape)) for n, t in weights.items()])
     live = dict(live_parameters(ours).values())
     with torch.no_grad():
         for region, value in plan.padding:
@@ -90,5 +91,5 @@ def test_a_model_that_computes_a_parameter_while_loading_is_refused_by_name(one_
     weights = checkpoint("Mamba", sizes, tmp_path)
     model = build(tmp_path)
     with pytest.raises(PlanError, match="expected to reach the model unchanged, found a computed tensor") as refusal:
-        record(model, [(n, "float32", list(t.shape)) for n, t in weights.items()])
+        record(model, [TensorEntry(n, "float32", list(t.shape)) for n, t in weights.items()])
     assert refusal.value.parameter.endswith("mixer.A_log")
