@@ -26,7 +26,7 @@ def test_a_task_by_name_with_options():
     assert equals == "="
     assert verify("reasoning_gym", str(total), prompt.record).reward == 1
     assert json.loads(json.dumps(prompt.record)) == prompt.record
-    assert (prompt.task, task.verifier, len(task.held_out)) == ("chain_sum", "reasoning_gym", 20)
+    assert (prompt.task, task.source.verifier, len(task.held_out)) == ("chain_sum", "reasoning_gym", 20)
 
 
 @pytest.mark.parametrize(
