@@ -50,7 +50,7 @@ def question(task, **options):
     return reasoning_source(DataConfig(task=task, options=options)).problem(3).question
 
 
-def test_the_question_is_the_data_sets_own_unless_a_field_is_named():
+def test_the_question_is_the_data_sets_own_or_a_field():
     assert "\nWho " in question("needle_haystack")  # its metadata has a field "question" too, without the haystack
     assert re.fullmatch(r"\w+, \w+, \w+", question("word_sorting", min_words=3, max_words=3, question="original_words"))
 
