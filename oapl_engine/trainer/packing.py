@@ -122,7 +122,7 @@ def _batch(parts: Sequence[TrainGroup], share_prompts: bool) -> Batch:
         target=target,
         behavior_logprob=behavior,
         rows=np.flatnonzero(target != IGNORE),
-        cu_seqlens=_offsets([int(np.count_nonzero(r.loss_mask)) for r in rollouts]),
+        cu_seqlens=np.cumsum([0] + [np.count_nonzero(r.loss_mask) for r in rollouts], dtype=np.int64),
         prompts=tuple(spans),
         advantage=np.concatenate([part.advantage for part in parts]).astype(np.float32),
         keys=tuple(r.key for r in rollouts),
@@ -147,7 +147,3 @@ def _rows(rollout: Rollout, first: int, end: int) -> tuple[NDArray, ...]:
     target = np.where(mask, rollout.token_ids[first + 1 : end + 1].astype(np.int64), IGNORE)
     behavior = np.where(mask, rollout.behavior_logprob[first + 1 : end + 1], np.float32(0)).astype(np.float32)
     return rollout.token_ids[first:end].astype(np.int64), np.arange(first, end), target, behavior
-
-
-def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
