@@ -96,8 +96,6 @@ def _load_network(model: config.ModelConfig) -> PreTrainedModel:
 
 def _load_config(path: str) -> Any:
     local = Path(path)
-    if not local.exists() and (path.count("/") != 1 or path[0] in "./~"):
-        raise _refused(path, " does not exist: name a folder with config.json, or a hub name org/model")
     if local.is_dir() and not (local / "config.json").exists():
         raise _refused(path, " has no config.json: name a folder in Hugging Face layout")
     try:

@@ -5,7 +5,6 @@ from typing import Any
 
 from oapl_kernels import Objective
 from oapl_kernels.objectives import OBJECTIVES, with_reference_kl
-from torch import Tensor
 
 from oapl_engine.config import ObjectiveConfig
 from oapl_engine.errors import ConfigError, load_object, nearest
@@ -41,8 +40,3 @@ def normalizer(objective: Objective, sequences: int, tokens: int, max_new_tokens
     """What the summed loss of an optimizer step is divided by; sequences and tokens are those of all ranks."""
     divisors = {"sequences": sequences, "tokens": tokens, "constant": sequences * max_new_tokens}
     return float(divisors[objective.normalizer])
-
-
-def rms(values: Tensor) -> float:
-    """Root mean square of values [N]; 0 if there are none."""
-    return float(values.square().mean().sqrt()) if values.numel() else 0.0

@@ -12,7 +12,7 @@ from oapl_kernels.objectives import soft_overlong_penalty
 from oapl_engine.config import ObjectiveConfig
 from oapl_engine.distributed import Ranks
 from oapl_engine.samples import Group, Rollout, decode_groups, encode_groups
-from oapl_engine.trainer.objective import make_objective, rms
+from oapl_engine.trainer.objective import make_objective
 from oapl_engine.trainer.packing import TrainGroup
 
 Recorded = Mapping[str, NDArray[np.float64]]
@@ -87,7 +87,8 @@ def select_rollouts(
     trained = tuple(TrainGroup(c.rollouts, a.astype(np.float32)) for c, a in zip(kept, values, strict=True))
     known_values = [_value(c, objective, section.beta1) for c in kept if np.isfinite(c.basis).all()]
     beta2 = section.beta2
-    spread = rms(torch.from_numpy(np.concatenate(values))) if values else 0.0
+    # root mean square of all advantages
+    spread = float(torch.from_numpy(np.concatenate(values)).square().mean().sqrt()) if values else 0.0
     if section.scale_free_nats is not None and np.isfinite(spread) and spread > 0:
         beta2 = spread / section.scale_free_nats
     return StepSelection(trained, dropped, beta2, _metrics(groups, usable, values, known_values))
