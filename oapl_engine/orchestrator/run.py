@@ -17,7 +17,7 @@ from oapl_engine.data.sources import check_source
 from oapl_engine.distributed import Ranks
 from oapl_engine.errors import ConfigError
 from oapl_engine.report.display import Display
-from oapl_engine.report.stopwatch import Stopwatch
+from oapl_engine.stopwatch import Stopwatch
 from oapl_engine.rewards.verdict import check_verifier
 from oapl_engine.rollout.session import EngineSession
 from oapl_engine.rollout_log.journal import Journal
