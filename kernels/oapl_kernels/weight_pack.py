@@ -72,9 +72,9 @@ def checksums(digests: list[Tensor]) -> list[int]:
     if not digests:
         return []
     values = torch.stack(digests).cpu().to(torch.int64) & 0xFFFFFFFF
-    for index, (_, _, infinite) in enumerate(values.tolist()):
-        if infinite:
-            raise ValueError(f"payload {index} holds {infinite} values that are not finite; allowed: finite weights")
+    for index, (_, _, nonfinite) in enumerate(values.tolist()):
+        if nonfinite:
+            raise ValueError(f"payload {index} holds {nonfinite} values that are not finite; allowed: finite weights")
     return [low | high << 32 for low, high, _ in values.tolist()]
 
 
@@ -122,7 +122,7 @@ def copy_and_count_changes(payloads: list[Tensor], destinations: list[Tensor]) -
     cpp = extension()
     if cpp is not None:
         copies = [cpp.Copy(p.data_ptr(), d.data_ptr(), len(p), p.itemsize) for p, d in pairs]
-        return int(cpp.copy_changed(copies, torch.get_num_threads()))
+        return int(cpp.copy_and_count_changes(copies, torch.get_num_threads()))
     changed = 0
     for payload, destination in pairs:
         bits = torch.int16 if payload.itemsize == 2 else torch.int32
@@ -138,12 +138,12 @@ def _pack_on_cpu(sources: list[Tensor], payloads: list[Tensor]) -> Tensor:
     if cpp is not None and all(s.dtype == p.dtype or (s.dtype, p.dtype) == fused for s, p in pairs):
         formats = {dtype: getattr(cpp.Format, str(dtype).removeprefix("torch.")) for dtype in CASTS}
         casts = [cpp.Cast(s.data_ptr(), formats[s.dtype], p.data_ptr(), formats[p.dtype], len(p)) for s, p in pairs]
-        found = [(d.h0, d.h1, d.infinite) for d in cpp.pack(casts, cpp.Seeds(*SEEDS), torch.get_num_threads())]
+        found = [(d.h0, d.h1, d.nonfinite) for d in cpp.pack(casts, cpp.Seeds(*SEEDS), torch.get_num_threads())]
     else:
         for source, payload in pairs:
             payload.copy_(source)
-        infinite = [len(payload) - int(torch.isfinite(payload).sum()) for payload in payloads]
-        found = [(*sums, count) for sums, count in zip(_checksums_on_cpu(payloads), infinite, strict=True)]
+        nonfinite = [len(payload) - int(torch.isfinite(payload).sum()) for payload in payloads]
+        found = [(*sums, count) for sums, count in zip(_checksums_on_cpu(payloads), nonfinite, strict=True)]
     return torch.tensor(found, dtype=torch.int64).to(torch.int32)
 
 

@@ -55,11 +55,11 @@ def test_a_cast_is_torchs_for_every_kind_of_value(implementation):
     special = torch.tensor([0.0, -0.0, 1e-45, -1e-40, 3.38e38, 3.4e38, torch.inf, -torch.inf, torch.nan])
     source = torch.cat([ties, -ties, special, torch.randn(40_000)])
     payload = torch.empty(len(source), dtype=torch.bfloat16)
-    infinite = int(pack(source, payload)[2])
+    nonfinite = int(pack(source, payload)[2])
     expected, number = source.bfloat16(), ~source.isnan()  # torch has two bit patterns for NaN itself
     assert torch.equal(payload.view(torch.int16)[number], expected.view(torch.int16)[number])
     assert torch.equal(payload.isnan(), expected.isnan())
-    assert infinite == 4  # 3.4e38 rounds to infinity
+    assert nonfinite == 4  # 3.4e38 rounds to infinity
 
 
 def test_many_at_once_are_as_one_after_another(implementation):
