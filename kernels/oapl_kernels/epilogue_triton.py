@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import INTERPRETED, launch
-from .scratch import cast_in_place
+from .workspace import cast_in_place
 
 BLOCK, WARPS = 4096, 8
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .epilogue_triton import scaled
 from .launches import INTERPRETED, launch
-from .scratch import scratch
+from .workspace import workspace
 
 TOKENS, VOCABULARY, DEPTH, GROUP = 128, 128, 64, 8
 WARPS, STAGES = 8, 2 if torch.version.hip else 3
@@ -102,8 +102,8 @@ def score(
     if weight.stride(1) != 1:
         weight = weight.contiguous()
     row_tiles, column_tiles = triton.cdiv(tokens, TOKENS), triton.cdiv(len(weight), VOCABULARY)
-    partial = scratch(3, column_tiles, tokens, dtype=torch.float32, device=hidden.device)
-    chosen = scratch(tokens, dtype=torch.float32, device=hidden.device)
+    partial = workspace(3, column_tiles, tokens, dtype=torch.float32, device=hidden.device)
+    chosen = workspace(tokens, dtype=torch.float32, device=hidden.device)
     launch(
         score_tile,
         (row_tiles * column_tiles,),

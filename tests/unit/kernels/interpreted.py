@@ -3,8 +3,9 @@
 import pytest
 import torch
 from oapl_kernels import epilogue_triton, head, linear_logprob, matmul, oapl_loss, sequence_sum, weight_pack
-from oapl_kernels.launches import INTERPRETED, LAUNCHES
+from oapl_kernels.launches import INTERPRETED
 from oapl_kernels.objectives import grpo, oapl
+from oapl_kernels.testing import LAUNCHES
 
 from tests.support.head_reference import (
     ODD,

@@ -73,7 +73,7 @@ def test_the_head_multiplies_right_with_and_without_it(instruction_set, dtype):
     out = torch.full_like(hidden, torch.nan)
     matmul.hidden_product(grad, weight, out)
     assert relative_error(out, grad.double() @ weight.double()) < 4 * HALF[dtype]
-    total = matmul.WeightGradient(torch.full((4500, 39), torch.nan), None, empty=True)
+    total = matmul.WeightGradient(torch.full((4500, 39), torch.nan), None)
     total.add(grad, hidden)
     total.add(grad, hidden)
     sums_in_fp32 = dtype == torch.float32 or matmul.sums_bf16_in_fp32(grad.t(), hidden)
