@@ -93,14 +93,10 @@ def check_logprob(name: str, value: Tensor | None, tokens: int, trained: Tensor,
         )
 
 
-def check_group(reward: Tensor, cu_groups: Tensor, beta1: float, valid: Tensor | None) -> None:
+def check_group(reward: Tensor, cu_groups: Tensor, beta1: float) -> None:
     """The arguments of group_value and group_advantage."""
     check_tensor("reward", reward, (None,), FLOATS, getattr(reward, "device", None))
     check_offsets("cu_groups", cu_groups, len(reward), reward.device)
     if not beta1 > 0:
         raise ValueError(f"beta1 is {beta1}; allowed: a number > 0, inf for the group mean")
-    scored = torch.ones_like(reward, dtype=torch.bool)
-    if valid is not None:
-        check_tensor("valid", valid, (len(reward),), MASKS, reward.device)
-        scored = valid != 0
-    check_logprob("reward", reward, len(reward), scored, reward.device)
+    check_logprob("reward", reward, len(reward), torch.ones_like(reward, dtype=torch.bool), reward.device)
