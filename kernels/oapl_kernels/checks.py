@@ -55,19 +55,18 @@ def check_target(target: Tensor, tokens: int, vocabulary: int, ignore_index: int
     """target [T] with ids in [0, vocabulary) or ignore_index -> bool [T], true where it is not ignored."""
     check_tensor("target", target, (tokens,), INTEGERS, device)
     counted = target != ignore_index
-    if tokens:
-        wrong = counted & ((target < 0) | (target >= vocabulary))
-        if wrong.any():
-            position = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"target[{position}] is {int(target[position])}; "
-                f"allowed: 0 to {vocabulary - 1}, or ignore_index {ignore_index}"
-            )
+    wrong = counted & ((target < 0) | (target >= vocabulary))
+    if wrong.any():
+        position = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"target[{position}] is {int(target[position])}; "
+            f"allowed: 0 to {vocabulary - 1}, or ignore_index {ignore_index}"
+        )
     return counted
 
 
 def check_offsets(name: str, offsets: Tensor, total: int, device: torch.device, least: int = 1) -> list[int]:
-    """offsets [N+1]: 0, increasing by `least` at least, ending at total; returned as a list."""
+    """offsets [N+1]: 0, each at least `least` more than the one before, ending at total; returned as a list."""
     check_tensor(name, offsets, (None,), INTEGERS, device)
     values = offsets.tolist()
     if not values or values[0] != 0 or values[-1] != total:

@@ -1,6 +1,6 @@
 """Per-token log-probs of a vocabulary head, chunk by chunk; the backward pass recomputes the logits."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,22 +14,7 @@ from .vocabulary import Vocabulary, group_name
 from .workspace import workspace
 
 
-class _Counted(NamedTuple):
-    """The tokens that are not ignored: the others cost nothing.
-
-    head      on this rank's rows of the vocabulary
-    hidden    [t, D]
-    target    [t], rows of the head, -1 where another rank has them
-    position  [t], where the tokens are in the batch; None for all
-    """
-
-    head: Head
-    hidden: Tensor
-    target: Tensor
-    position: Tensor | None
-
-
-def _count(
+def _start(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -37,14 +22,16 @@ def _count(
     dtype: torch.dtype,
     ignore_index: int,
     options: HeadOptions,
-) -> _Counted:
+) -> tuple[Head, Tensor, Tensor, Tensor | None]:
+    """The tokens that are not ignored: head, hidden [t, D], target [t] as rows of the head, position [t] in the batch.
+    The others cost nothing. Without ignored tokens position is None."""
     vocabulary = Vocabulary(weight, options.group)
     counted = check_target(target, len(hidden), vocabulary.size, ignore_index, hidden.device)
     position = None if counted.all() else counted.nonzero()[:, 0]
     if position is not None:
         hidden, target = hidden[position], target[position]
     head = Head(weight.to(dtype), bias, options, vocabulary, len(hidden))
-    return _Counted(head, hidden.to(dtype), vocabulary.local_target(target), position)
+    return head, hidden.to(dtype), vocabulary.local_target(target), position
 
 
 def _chunks(head: Head, tokens: int) -> list[slice]:
@@ -78,7 +65,7 @@ def head_logprob_backward(
     options = HeadOptions(temperature, softcap, chunk_tokens, backend, group)
     leaves, tokens = (hidden, weight, bias), len(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        head, hidden, target, position = _count(hidden, weight, target, bias, dtype, ignore_index, options)
+        head, hidden, target, position = _start(hidden, weight, target, bias, dtype, ignore_index, options)
         coefficient = torch.zeros_like(stats[0]) if by_logprob is None else by_logprob
         if position is not None:
             stats, coefficient = stats[:, position], coefficient[position]
@@ -137,7 +124,7 @@ def head_logprob(
     options = HeadOptions(temperature, softcap, chunk_tokens, backend, group)
     tokens = len(target)
     with torch.autocast(hidden.device.type, enabled=False):
-        head, hidden, target, position = _count(hidden, weight, target, bias, dtype, ignore_index, options)
+        head, hidden, target, position = _start(hidden, weight, target, bias, dtype, ignore_index, options)
         stats = workspace(4, len(hidden), dtype=head.dtype, device=hidden.device)
         for rows in _chunks(head, len(hidden)):
             stats[:, rows] = head.score(hidden[rows], target[rows])
@@ -164,7 +151,7 @@ def linear_logprob(
 
     hidden [T, D], weight [V, D], bias [V], target [T]. Returns fp32 (fp64 for fp64 inputs), with return_entropy also
     the entropy [T]; both differentiable. 2 T D V operations, and 6 more in backward, which recomputes the logits: for
-    a policy loss `fused_policy_loss` needs 6 in all. The keywords are those of `fused_policy_loss`.
+    a policy loss `fused_policy_loss` needs 6 in total. The keywords are those of `fused_policy_loss`.
     """
     dtype = compute_dtype(hidden) if isinstance(hidden, Tensor) else None
     check_head(hidden, weight, bias, temperature, softcap, chunk_tokens, same_dtype=dtype == hidden.dtype)

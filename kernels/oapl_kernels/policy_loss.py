@@ -62,15 +62,14 @@ class _FusedPolicyLoss(torch.autograd.Function):
             if single_pass.hidden_gradient is not None:
                 head.vocabulary.reduce(single_pass.hidden_gradient)
         ctx.added = call.weight_grad is not None
-        main = single_pass.main
-        ctx.gradients = [single_pass.hidden_gradient, None if ctx.added else main.weight, main.bias]
+        weight_sum = None if ctx.added else single_pass.main.weight
+        ctx.gradients = [single_pass.hidden_gradient, weight_sum, single_pass.main.bias]
         ctx.mark_non_differentiable(single_pass.logprob, single_pass.entropy)
         ctx.set_materialize_grads(False)
         return loss.to(head.dtype), single_pass.logprob, single_pass.entropy
 
     @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
-        upstream = upstreams[0]
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the gradients of this fused_policy_loss were already handed out; call it again instead")
         gradients, ctx.gradients = ctx.gradients, None
@@ -96,9 +95,7 @@ def _prepare(head: Head, hidden: Tensor, call: _Call, wanted: tuple[bool, ...]) 
         main.finish()  # the bias's gradient starts at zero, the weight's at what is there
         main.weight = given
     logprob = torch.where(trained, call.inputs.behavior_logprob, 0).to(head.dtype)
-    entropy_row = None
-    if call.entropy_coefficient:
-        entropy_row = trained.to(head.dtype) * (-call.entropy_coefficient / call.normalizer)
+    by_entropy = -call.entropy_coefficient / call.normalizer
     return SinglePass(
         head=head,
         hidden=hidden,
@@ -107,7 +104,7 @@ def _prepare(head: Head, hidden: Tensor, call: _Call, wanted: tuple[bool, ...]) 
         inputs=call.inputs,
         trained=trained,
         normalizer=call.normalizer,
-        entropy_row=entropy_row,
+        entropy_row=trained.to(head.dtype) * by_entropy if by_entropy else None,
         hidden_gradient=head.hidden_gradient(hidden) if want_hidden else None,
         main=main,
         logprob=logprob,

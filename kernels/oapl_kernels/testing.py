@@ -21,9 +21,7 @@ LIBRARY_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 class Products(TorchDispatchMode):
     """Counts the FLOPs of matrix products, also inside the custom ops."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
+    flops = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run function and count it; a custom op other than `product` is counted by what it runs."""
