@@ -102,7 +102,7 @@ def objectives() -> str:
         parameters = inspect.signature(factory).parameters
         made = factory(**{p: 1e-3 for p in parameters if parameters[p].default is inspect.Parameter.empty})
         needs = ", ".join(f"`{need}`" for need in made.needs) or "-"
-        summary = (factory.__doc__ or "").partition(":")[0].strip()
+        summary = (sys.modules[factory.__module__].__doc__ or "").partition("\n")[0].rstrip(".")
         rows.append([f"`{name}`", summary, made.scope, made.baseline, made.normalizer, needs])
     return table(["name", "source", "scope", "baseline", "normalizer", "needs"], rows)
 
@@ -132,14 +132,26 @@ def modes() -> str:
     return table(["run", "seconds", "trained tokens per second", "simulated from its own durations / measured"], rows)
 
 
-def proofs() -> str:
-    """Figures that `make test-slow` keeps in proofs.json."""
-    rows = []
-    for found in json.loads((ROOT / "proofs.json").read_text()).values():
-        for what, value in found.items():
-            values = value if isinstance(value, list) else [value]
-            rows.append([what, ", ".join(f"{v:.3g}" for v in values)])
-    return table(["what", "figure"], sorted(rows))
+def modes_read() -> str:
+    """What the runs of `python -m benchmarks modes` say: speeds against one another, and the simulator's predictions."""
+    micro, smollm2 = read("modes_micro"), read("modes_smollm2")
+
+    def predicted(run: str, *records: str) -> str:
+        found = micro["runs"][run]["simulated"]
+        return ", ".join(f"{found[record]:.2f} from `{record}`" for record in records)
+
+    speedup, share = (f"micro {micro[key]:.2f}, SmolLM2 {smollm2[key]:.2f}" for key in ("phased_over_sync", "share_of_bound"))
+    return "\n".join(
+        [
+            f"- Speed of phased against sync: {speedup}. As a share of what phased would reach if only its own phases",
+            f"  (generate, train, publish, attest) took time: {share}.",
+            f"- Speed of async on disjoint cores against phased on both: {micro['async_over_phased']:.2f}.",
+            "- Seconds predicted by the simulator from the record of another run, divided by the measured ones, micro:",
+            f"  `async` {predicted('async', 'phased', 'phased, one core', 'sync and phased')};",
+            f"  `phased` {predicted('phased', 'phased, one core', 'sync', 'sync and phased')};",
+            f"  `sync` {predicted('sync', 'phased', 'sync and phased')}.",
+        ]
+    )
 
 
 def all_figures() -> str:
@@ -170,8 +182,8 @@ def fenced(text: str) -> str:
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    first, *others = (f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in [head, *rows])
+    return "\n".join([first, "|---" * len(head) + "|", *others])
 
 
 COMPLETE = {"configuration.md": configuration, "results.md": results}
@@ -183,7 +195,7 @@ PARTS = {
     "kernels": kernels,
     "weights": weights,
     "modes": modes,
-    "proofs": proofs,
+    "modes-read": modes_read,
     "figures": all_figures,
     "headline": headline,
 }
