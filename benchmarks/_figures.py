@@ -98,7 +98,9 @@ def _kernel_times(dtype: str) -> str:
     cells = []
     for other in ("products", "Liger GRPO", "naive"):
         ratios = [
-            times[ours] / times[other] for times in _kernels(dtype)["seconds"].values() for ours in ("ours", "ours, OAPL")
+            times[ours] / times[other]
+            for times in _kernels(dtype)["seconds"].values()
+            for ours in ("ours", "ours, OAPL")
         ]
         cells.append(f"{_range(ratios)}x")
     return "; ".join(cells)

@@ -140,7 +140,9 @@ def modes_read() -> str:
         found = micro["runs"][run]["simulated"]
         return ", ".join(f"{found[record]:.2f} from `{record}`" for record in records)
 
-    speedup, share = (f"micro {micro[key]:.2f}, SmolLM2 {smollm2[key]:.2f}" for key in ("phased_over_sync", "share_of_bound"))
+    speedup, share = (
+        f"micro {micro[key]:.2f}, SmolLM2 {smollm2[key]:.2f}" for key in ("phased_over_sync", "share_of_bound")
+    )
     return "\n".join(
         [
             f"- Speed of phased against sync: {speedup}. As a share of what phased would reach if only its own phases",
