@@ -148,8 +148,8 @@ FIGURES = [
     ),
     Figure("the lag above which OAPL is ahead of it (90 % of bootstraps over seeds)", _overtakes, "the same"),
     Figure(
-        "complete, attested publish of SmolLM2-135M (bfloat16) into a live engine; bare two-process copy; vLLM's reload "
-        "of a checkpoint; writing and reloading it",
+        "complete, attested publish of SmolLM2-135M (bfloat16) into a live engine; bare two-process copy; vLLM's "
+        "reload of a checkpoint; writing and reloading it",
         _publish,
         "`python -m benchmarks weights`",
         headline=True,

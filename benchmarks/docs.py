@@ -133,7 +133,7 @@ def modes() -> str:
 
 
 def modes_read() -> str:
-    """What the runs of `python -m benchmarks modes` say: speeds against one another, and the simulator's predictions."""
+    """What the runs of `python -m benchmarks modes` say: their speeds, and how well the simulator predicts them."""
     micro, smollm2 = read("modes_micro"), read("modes_smollm2")
 
     def predicted(run: str, *records: str) -> str:
