@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._machine import fit_machine
-from oapl_engine.config import MODES, load_recipe
+from oapl_engine.config import load_recipe
 from oapl_engine.errors import ConfigError
+from oapl_engine.schedule_config import MODES
 from oapl_engine.scheduler.driver import read_record
 from oapl_engine.scheduler.simulate import Machine, simulate
 from oapl_engine.scheduler.state import Settings

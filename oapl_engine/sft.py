@@ -38,8 +38,8 @@ def run_sft(recipe: SftRecipe) -> float:
     tokenizer = micro_tokenizer()
     task = load_task(recipe.data, recipe.run.seed, tokenizer)
     model = micro_llama(recipe)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"sft: {parameters:,} parameters, {task.name}, {recipe.train.steps} steps of {recipe.train.batch_size}")
+    size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
+    print(f"sft: {size}, {task.source.name}, {recipe.train.steps} steps of {recipe.train.batch_size}")
     _train(model, task, tokenizer, recipe)
     accuracy = greedy_accuracy(model, task.held_out, tokenizer)
     _save(model, tokenizer, out)

@@ -25,11 +25,9 @@ class Task:
 
     An epoch is `size` positions, each prompt id once; every epoch has its own order.
 
-    name:      of the source
+    source:    of its problems
     size:      positions per epoch
     held_out:  prompts of the held-out problems
-    verifier, verifier_options:
-               how the source's answers are scored unless the recipe says otherwise
     dropped:   prompt id to tokens, of the prompts over data.max_prompt_tokens met so far; all of them for a file
 
     Raises ConfigError where nothing is left to train on.
@@ -37,9 +35,6 @@ class Task:
 
     def __init__(self, source: Source, data: DataConfig, seed: int, render: Render) -> None:
         self.source = source
-        self.name = source.name
-        self.verifier = source.verifier
-        self.verifier_options = source.verifier_options
         self.dropped: dict[str, int] = {}
         self._data = data
         self._seed = seed
@@ -74,7 +69,7 @@ class Task:
         """The problem rendered; None, and remembered as dropped, if it is too long."""
         ids = self._render(problem.question)
         if len(ids) <= self._data.max_prompt_tokens:
-            return Prompt(problem.id, ids, self.name, problem.record)
+            return Prompt(problem.id, ids, self.source.name, problem.record)
         self.dropped[problem.id] = len(ids)
         return None
 
@@ -90,7 +85,7 @@ class Task:
                 prompts.append(prompt)
                 texts.add(problem.question)
         raise ConfigError(
-            f"data.held_out = {self._data.held_out}: {self.name} has {len(prompts)} distinct problems that fit "
+            f"data.held_out = {self._data.held_out}: {self.source.name} has {len(prompts)} distinct problems that fit "
             "data.max_prompt_tokens, and some must be left to train on; lower held_out"
         )
 
@@ -98,7 +93,7 @@ class Task:
         dropped = self.dropped
         longest = f" ({len(dropped)} dropped, up to {max(dropped.values())} tokens)" if dropped else ""
         return ConfigError(
-            f"{self.name}: no problem left to train on with data.held_out = {self._data.held_out} and "
+            f"{self.source.name}: no problem left to train on with data.held_out = {self._data.held_out} and "
             f"data.max_prompt_tokens = {self._data.max_prompt_tokens}{longest}; lower held_out, raise "
             "max_prompt_tokens or choose a larger task"
         )

@@ -100,7 +100,7 @@ def problem_set(data: DataConfig, seed: int, tokenizer: object, full_set: bool) 
     source = open_source(data)
     if not (full_set and source.finite):
         task = load_task(data, seed, tokenizer)
-        return ProblemSet(task.held_out, task.verifier, task.verifier_options)
+        return ProblemSet(task.held_out, source.verifier, source.verifier_options)
     render = renderer(data, tokenizer)
     problems = map(source.problem, range(source.size))
     prompts = tuple(Prompt(p.id, render(p.question), source.name, p.record) for p in problems)

@@ -29,8 +29,8 @@ def open_generation(run: Run, policy: Policy, events: EngineEvents) -> Iterator[
         held_out = load_task(other, recipe.run.seed, policy.tokenizer).held_out
     scorer = open_scorer(
         recipe.reward,
-        task.verifier,
-        task.verifier_options,
+        task.source.verifier,
+        task.source.verifier_options,
         policy.tokenizer,
         timed=lambda: run.stopwatch.measure("verify"),
     )

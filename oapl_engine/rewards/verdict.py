@@ -1,9 +1,10 @@
 """VERIFIERS by name, and `verify`, which calls one and makes a Verdict of whatever it does.
 
 A new verifier is a module and a line in VERIFIERS. The module has `score(response, record, options)`, which returns a
-reward, or (reward, detail), and raises where the *record* is unusable; a wrong answer is a reward, 0. It also has
+reward, or (reward, detail), and raises where the *record* is unusable; a wrong answer is a reward, 0. It may have
 `check_options(options)`, which raises ConfigError. A verifier from elsewhere needs no line: reward.name =
-"package.module:function" names its score function, which only verifier processes import. See docs/extending.md.
+"package.module:function" names its score function, and the same rules apply to its module. The module is imported in
+the trainer's process too, to check name and options before anything starts; it is called in verifier processes only.
 """
 
 import functools
@@ -18,10 +19,10 @@ from oapl_engine.errors import ConfigError, load_object, nearest
 
 Verifier = Callable[[str, dict[str, Any], dict[str, Any]], Any]
 
-VERIFIERS = {  # name to module
-    "exact": "oapl_engine.rewards.exact",
-    "math": "oapl_engine.rewards.math_answer",
-    "reasoning_gym": "oapl_engine.rewards.reasoning",
+VERIFIERS = {
+    "exact": "oapl_engine.rewards.exact:score",
+    "math": "oapl_engine.rewards.math_answer:score",
+    "reasoning_gym": "oapl_engine.rewards.reasoning:score",
 }
 REASON_CHARACTERS = 2000
 
@@ -59,18 +60,23 @@ def verify(name: str, response: str, record: dict[str, Any], options: dict[str, 
 @functools.cache
 def load_verifier(name: str) -> Verifier:
     """The verifier of that name, imported. Raises ConfigError."""
-    path = f"{VERIFIERS[name]}:score" if name in VERIFIERS else name
-    verifier: Verifier = load_object(path, "reward.name")
+    if name not in VERIFIERS and ":" not in name:
+        hint = nearest(name, [*VERIFIERS, "package.module:function"])
+        raise ConfigError(f'reward.name = "{name}" is not a verifier; {hint}')
+    verifier: Verifier = load_object(VERIFIERS.get(name, name), "reward.name")
     return verifier
 
 
 def check_verifier(name: str, options: dict[str, Any]) -> None:
-    """Raises ConfigError for an unknown name, and for options that one of VERIFIERS refuses."""
-    if name in VERIFIERS:
-        importlib.import_module(VERIFIERS[name]).check_options(options)
-    elif ":" not in name:
-        hint = nearest(name, [*VERIFIERS, "package.module:function"])
-        raise ConfigError(f'reward.name = "{name}" is not a verifier; {hint}')
+    """Raises ConfigError for an unknown name, for a module that cannot be imported or lacks the function, and for
+    options that the module's `check_options(options)` refuses; a module without it takes all options.
+
+    Imports the verifier's module, a user's own too: a wrong name is found before anything starts.
+    """
+    load_verifier(name)
+    module = importlib.import_module(VERIFIERS.get(name, name).partition(":")[0])
+    if hasattr(module, "check_options"):
+        module.check_options(options)
 
 
 def _checked(result: Any) -> Verdict:

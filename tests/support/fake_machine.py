@@ -1,6 +1,6 @@
 """A machine that carries out the scheduler's commands, refuses a wrong order, and remembers where every group ended."""
 
-from oapl_engine.config import MODES
+from oapl_engine.schedule_config import MODES
 from oapl_engine.scheduler import core, driver
 from oapl_engine.scheduler import events as e
 from oapl_engine.scheduler.state import Settings

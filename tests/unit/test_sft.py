@@ -72,7 +72,7 @@ def test_loss_covers_the_answer_and_its_end_only():
         assert first == len(question) - 1
 
 
-def test_greedy_accuracy_is_the_share_that_greedy_decoding_gets_right(tmp_path):
+def test_greedy_accuracy_is_that_of_greedy_decoding(tmp_path):
     run_sft(recipe(tmp_path / "micro", steps=40, digits=2))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "micro"), micro_tokenizer()
     task = load_task(dataclasses.replace(recipe("").data, options={"digits": 2}, held_out=40), 0, tokenizer)

@@ -39,7 +39,7 @@ def main(model, rollouts, out, groups="8", *switches):
     for step in range(STEPS):
         chosen = [g.id for g in file[step * int(groups) % 32 :][: int(groups)]]
         data = select_rollouts(exchange_groups(ranks, [g for g in own if g.id in chosen], chosen), section, 8)
-        share = share_groups(data.items, ranks)
+        share = share_groups(data.groups, ranks)
         batches = policy.batches(share, 256, True)
         objective = make_objective(section, data.beta2)
         if step == 0:
@@ -51,7 +51,7 @@ def main(model, rollouts, out, groups="8", *switches):
             optimizer.zero_grad(set_to_none=False)
         result = train_step(
             policy, optimizer, batches, objective, learning_rate=3e-4, normalizer=float(len(data.keys)), clip_norm=1.0,
-            beta2=data.beta2, ranks=ranks,
+            ranks=ranks,
         )  # fmt: skip
     metrics = {k: v for k, v in result.metrics.items() if v is not None}
     found["metrics"] = torch.tensor([metrics[k] for k in sorted(metrics)], dtype=torch.float64)

@@ -42,7 +42,8 @@ def test_bad_files_and_names(tmp_path):
         benchmark_source(DataConfig(task="aime_25", path=path, options={}))
 
 
-def test_without_the_hub_the_error_names_the_columns_of_a_local_file(monkeypatch):
+def test_without_the_hub_the_error_names_the_columns(monkeypatch):
+    """Those that a local file must have."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError, match=r"math-ai/aime25.*--data\.path FILE\.jsonl, columns problem"):
         benchmark_source(DataConfig(task="aime25", path="", options={}))

@@ -36,7 +36,7 @@ def test_fields_and_ids(tmp_path):
 def test_load_task_reads_a_file(tmp_path):
     path = write(tmp_path, *(json.dumps({"question": f"{i}+1=", "answer": i + 1}) for i in range(50)))
     task = load_task(DataConfig(source="jsonl", path=path, template="raw", held_out=10), 0, micro_tokenizer())
-    assert (task.size, len(task.held_out), task.verifier, task.name) == (40, 10, "exact", "problems")
+    assert (task.size, len(task.held_out), task.source.verifier, task.source.name) == (40, 10, "exact", "problems")
     assert [p.id for p in task.held_out] != [f"problems-{i}" for i in range(1, 11)]  # no block from the top of the file
 
 

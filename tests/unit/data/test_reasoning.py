@@ -26,7 +26,7 @@ def test_a_task_by_name_with_options():
     assert equals == "="
     assert verify("reasoning_gym", str(total), prompt.record).reward == 1
     assert json.loads(json.dumps(prompt.record)) == prompt.record
-    assert (prompt.task, task.verifier, len(task.held_out)) == ("chain_sum", "reasoning_gym", 20)
+    assert (prompt.task, task.source.verifier, len(task.held_out)) == ("chain_sum", "reasoning_gym", 20)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def question(task, **options):
     return reasoning_source(DataConfig(task=task, options=options)).problem(3).question
 
 
-def test_the_question_is_the_data_sets_own_unless_a_field_is_named():
+def test_the_question_is_the_data_sets_own_or_a_field():
     assert "\nWho " in question("needle_haystack")  # its metadata has a field "question" too, without the haystack
     assert re.fullmatch(r"\w+, \w+, \w+", question("word_sorting", min_words=3, max_words=3, question="original_words"))
 

@@ -54,7 +54,7 @@ def test_order_resumes_from_an_integer(texts, seed, position):
 
 @settings(max_examples=60, deadline=None)
 @given(texts=questions, held_out=st.integers(0, 10), finite=st.booleans(), seed=st.integers(0, 99))
-def test_held_out_is_disjoint_by_text_whatever_the_duplicates(texts, held_out, finite, seed):
+def test_held_out_is_disjoint_by_text_despite_duplicates(texts, held_out, finite, seed):
     distinct = len(set(texts))
     if held_out >= distinct:
         with pytest.raises(ConfigError, match=r"held_out"):
@@ -71,7 +71,8 @@ def test_held_out_is_disjoint_by_text_whatever_the_duplicates(texts, held_out, f
 
 @settings(max_examples=40, deadline=None)
 @given(texts=questions, finite=st.booleans())
-def test_an_epoch_has_each_prompt_id_once_and_the_next_is_another_order(texts, finite):
+def test_an_epoch_has_each_prompt_id_once(texts, finite):
+    """And the next epoch has another order."""
     t = task(texts, 1, held_out=0 if len(set(texts)) == 1 else 1, finite=finite)
     first, second = ([t.prompt(e * t.size + i).id for i in range(t.size)] for e in (0, 1))
     assert len(set(first)) == t.size

@@ -75,7 +75,8 @@ def test_pool_agrees_with_verify(pool):
 def test_unknown_names_are_refused_before_a_worker_sees_them(pool):
     with pytest.raises(ConfigError, match="did you mean exact"):
         ask(pool, "exat", "1", RECORD)
-    assert "cannot be loaded" in ask(pool, "no_module:f", "1", RECORD).detail["reason"]
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        ask(pool, "no_module:f", "1", RECORD)
 
 
 @pytest.mark.parametrize("name", ["sleeps", "backtracks"])
@@ -103,7 +104,8 @@ def test_the_time_limit_does_not_count_imports():
         ("nan", "invalid", "nan"),
     ],
 )
-def test_a_failing_verifier_gives_its_reason_and_the_pool_goes_on(pool, name, status, reason):
+def test_a_failing_verifier_gives_its_reason(pool, name, status, reason):
+    """The pool works afterwards."""
     verdict = ask(pool, bad(name), "1", RECORD)
     assert (verdict.status, verdict.reward) == (status, None)
     assert reason in verdict.detail["reason"]
@@ -186,7 +188,8 @@ asyncio.run(pool.verify("bad_verifiers:sleeps_and_tells", "1", {"file": sys.argv
 """
 
 
-def test_workers_die_with_a_killed_owner_even_while_they_hold_the_gil(tmp_path):
+def test_workers_die_with_a_killed_owner(tmp_path):
+    """Even while they hold the GIL."""
     file = tmp_path / "pid"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(SUPPORT), str(ROOT)])}
     owner = subprocess.Popen([sys.executable, "-c", OWNER, str(file)], env=env)
@@ -198,6 +201,13 @@ def test_workers_die_with_a_killed_owner_even_while_they_hold_the_gil(tmp_path):
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     assert gone(worker)
+
+
+def test_a_worker_imports_neither_pydantic_nor_torch():
+    program = "import sys, oapl_engine.rewards.worker; print({'pydantic', 'torch'} & sys.modules.keys())"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_workers_hold_no_torch(pool):

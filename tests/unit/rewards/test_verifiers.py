@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from oapl_engine.errors import ConfigError
 from oapl_engine.rewards import verify
 from oapl_engine.rewards.exact import extract_answer
+from oapl_engine.rewards.verdict import check_verifier
 
 NUMBER = {"extract": "last_number"}
 
@@ -84,7 +85,8 @@ def entry(name, **options):
 
 
 @pytest.mark.parametrize("name", ["chain_sum", "gcd", "sudoku", "arc_agi", "rearc", "number_sorting", "countdown"])
-def test_reasoning_gym_scores_its_own_answer_one_and_nonsense_less(name):
+def test_reasoning_gym_scores_its_own_answer_one(name):
+    """And nonsense less."""
     record = entry(name)
     assert verify("reasoning_gym", record["entry"]["answer"], record).reward == 1
     assert verify("reasoning_gym", "no idea", record).reward < 0.1
@@ -124,7 +126,7 @@ def verdict_of(monkeypatch, function):
 
 
 @pytest.mark.parametrize("reward", [float("nan"), float("inf"), -float("inf"), None, "1", [1], 1j])
-def test_a_reward_that_is_no_finite_number_is_invalid(monkeypatch, reward):
+def test_a_reward_that_is_not_a_finite_number_is_invalid(monkeypatch, reward):
     verdict = verdict_of(monkeypatch, lambda *_: reward)
     assert (verdict.status, verdict.reward) == ("invalid", None)
     assert "reward" in verdict.detail["reason"]
@@ -139,3 +141,30 @@ def test_own_verifiers(monkeypatch):
 
     assert verdict_of(monkeypatch, broken).detail == {"reason": "ZeroDivisionError: oops"}
     assert verdict_of(monkeypatch, broken).status == "error"
+
+
+OWN = """
+from oapl_engine.errors import ConfigError
+
+def score(response, record, options):
+    return float(response == options["want"])
+
+def check_options(options):
+    if "want" not in options:
+        raise ConfigError("reward.options.want is missing")
+"""
+
+
+def test_an_own_module_is_checked_before_anything_starts(monkeypatch, tmp_path):
+    (tmp_path / "own_verifier.py").write_text(OWN)
+    (tmp_path / "own_unchecked.py").write_text("def score(*_): return 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    check_verifier("own_verifier:score", {"want": "r"})
+    check_verifier("own_unchecked:score", {"anything": 1})
+    assert verify("own_verifier:score", "r", {}, {"want": "r"}).reward == 1
+    with pytest.raises(ConfigError, match=r"reward\.options\.want is missing"):
+        check_verifier("own_verifier:score", {})
+    with pytest.raises(ConfigError, match=r'reward\.name = "own_verifier:scor" cannot be loaded: .*no attribute'):
+        check_verifier("own_verifier:scor", {})
+    with pytest.raises(ConfigError, match=r'reward\.name = "own_verifyer:score" cannot be loaded: No module named'):
+        check_verifier("own_verifyer:score", {})

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from oapl_engine.config import MODES, load_recipe
+from oapl_engine.config import load_recipe
+from oapl_engine.schedule_config import MODES
 from oapl_engine.scheduler import driver, lockstep, simulate
 from oapl_engine.scheduler import events as e
 from oapl_engine.scheduler.state import Settings, State

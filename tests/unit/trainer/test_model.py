@@ -41,8 +41,8 @@ def test_auto_precision_follows_the_hardware(model_folder):
 
 
 @pytest.mark.parametrize(("precision", "sees"), [("bfloat16", False), ("float32", True)])
-def test_products_in_bfloat16_are_blind_to_updates_below_its_spacing(model_folder, groups, precision, sees):
-    """Why a float32 engine refuses them: it would see these updates, the trainer would not."""
+def test_bfloat16_products_are_blind_to_small_updates(model_folder, groups, precision, sees):
+    """Updates below bfloat16's spacing: a float32 engine would see them, the trainer would not, so it is refused."""
     policy = load(model_folder(), precision=precision)
     products = [p for name, p in policy.model.named_parameters() if name.endswith("_proj.weight")]
     with torch.no_grad():
@@ -145,7 +145,7 @@ def test_short_convolutions_go_alone(named, groups, caplog, monkeypatch):
     One at a time the model is trained as it is: log-probs equal its own.
     """
     if not named:
-        monkeypatch.setattr("oapl_engine.trainer.policy.packing_rule", lambda _: None)
+        monkeypatch.setattr("oapl_engine.trainer.loading.packing_rule", lambda _: None)
     policy = small(Lfm2Config, layer_types=["conv", "full_attention"])
     with caplog.at_level(logging.WARNING):
         choose_packing_mode(policy)
