@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test demo prove gpu lint setup docs clean
+.PHONY: quickstart test test-unit test-slow demo gpu lint setup docs clean
 
 quickstart: setup
 	@$(BIN)/oapl train recipes/quickstart.toml
@@ -10,11 +10,14 @@ quickstart: setup
 test: setup
 	@$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
+test-unit: setup
+	@$(BIN)/python -m pytest tests/unit -m "not slow and not gpu and not live" $(ARGS)
+
+test-slow: setup
+	@$(BIN)/python -m pytest tests -m "slow or gpu" --proofs=proofs.json $(ARGS)
+
 demo: setup
 	@$(BIN)/python -m experiments.demo
-
-prove: setup
-	@$(BIN)/python -m pytest tests -m "slow or gpu" --proofs=proofs.json $(ARGS)
 
 gpu: setup
 	@PYTHONPATH=kernels:. $(BIN)/python benchmarks/gpu_check.py $(ARGS)
@@ -23,7 +26,7 @@ lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 docs: setup
-	@$(BIN)/oapl configuration > docs/configuration.md
+	@PYTHONPATH=kernels:. $(BIN)/python -m benchmarks docs
 
 setup:
 	@command -v $(PYTHON) >/dev/null || { echo "setup: no $(PYTHON) on this machine: install Python 3.11 or newer, or make PYTHON=/path/to/python3" >&2; exit 2; }

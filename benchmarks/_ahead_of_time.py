@@ -108,7 +108,7 @@ def score_tile(target, dtype="*bf16", warps=None):
     pointers |= {"chosen": "*fp32"}
     sizes = {"tokens": "i32", "depth": "i32", "vocabulary": "i32", "hidden_stride": "i32", "weight_stride": "i32"}
     constants = {name: getattr(scoring_triton, name) for name in ("TOKENS", "VOCABULARY", "DEPTH", "GROUP")}
-    constants |= {"WHOLE_DEPTH": True, "BIAS": False, "CAP": False, "WIDEN": False}
+    constants |= {"DIVIDES": True, "BIAS": False, "CAP": False, "WIDEN": False}
     signature = pointers | sizes | FLOATS | dict.fromkeys(constants, "constexpr")
     stages = 2 if target.startswith("gfx") else 3
     options = {"num_warps": warps or scoring_triton.WARPS, "num_stages": stages}

@@ -20,27 +20,21 @@ Liger and cut-cross-entropy for GPUs that need not be here. On a GPU times are a
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import math
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from oapl_kernels import PolicyInputs, compiler, fused_policy_loss, linear_logprob, matmul
-from oapl_kernels.chunks import default_chunk_tokens, plan_chunks
-from oapl_kernels.objectives import Objective, grpo, oapl
+from oapl_kernels.testing import Products
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from benchmarks._contestants import DEVICE, Problem, contestants, make_problem, naive, products, scoring
+
 SHAPES = ["2048x576x49152", "1024x1536x151936"]
 # Shape and sequences; the last is one sequence.
 SWEEP = [(f"{t}x256x{v}", t // 256) for t in (1024, 4096, 16384, 65536) for v in (32768, 131072, 262144)]
@@ -49,135 +43,6 @@ GROWTH = [("2048x256x32768", 8), ("32768x256x32768", 128)]
 CPU_LIMIT = 1.2e12  # FLOPs of one pass in a sweep
 WARM = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 PEAK_FLOPS = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12}  # dense bf16
-
-
-@dataclass
-class Problem:
-    """hidden [T, D], weight [V, D] (leaves), target [T], and the inputs of GRPO."""
-
-    hidden: Tensor
-    weight: Tensor
-    target: Tensor
-    behavior: Tensor
-    advantage: Tensor
-    offsets: Tensor
-    chunk: int
-
-
-def make_problem(shape: str, dtype: torch.dtype, sequences: int) -> Problem:
-    tokens, depth, vocabulary = map(int, shape.split("x"))
-    torch.manual_seed(0)
-    hidden = torch.randn(tokens, depth, device=DEVICE).to(dtype).requires_grad_()
-    weight = (torch.randn(vocabulary, depth, device=DEVICE) * depth**-0.5).to(dtype).requires_grad_()
-    target = torch.randint(0, vocabulary, (tokens,), device=DEVICE)
-    behavior = torch.full((tokens,), -float(torch.tensor(vocabulary).log()), device=DEVICE)
-    offsets = torch.arange(0, tokens + 1, tokens // sequences, device=DEVICE)
-    advantage = torch.linspace(-1, 1, sequences, device=DEVICE)
-    return Problem(hidden, weight, target, behavior, advantage, offsets, default_chunk_tokens(vocabulary, DEVICE))
-
-
-def fused(backend: str, objective: Objective) -> Callable[[Problem], Tensor]:
-    def loss(p: Problem) -> Tensor:
-        inputs = PolicyInputs(p.behavior, p.advantage)
-        count = float(len(p.advantage))
-        return fused_policy_loss(
-            p.hidden, p.weight, p.target, p.offsets, objective, inputs, normalizer=count, backend=backend
-        ).loss
-
-    return loss
-
-
-def of_logprob(p: Problem, logprob: Tensor) -> Tensor:
-    inputs = PolicyInputs(p.behavior, p.advantage, cu_seqlens=p.offsets)
-    return grpo().fn(logprob, inputs) / len(p.advantage)
-
-
-def wide_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    logits = hidden @ weight.T
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def naive(p: Problem) -> Tensor:
-    logs = torch.log_softmax(wide_logits(p.hidden, p.weight), -1)
-    return of_logprob(p, logs.gather(1, p.target[:, None])[:, 0])
-
-
-def logprob_by_logsumexp(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    logits = wide_logits(hidden, weight)
-    return logits.gather(1, target[:, None])[:, 0] - torch.logsumexp(logits, -1)
-
-
-def recompute(p: Problem) -> Tensor:
-    pieces = zip(p.hidden.split(p.chunk), p.target.split(p.chunk), strict=True)
-    parts = [checkpoint(logprob_by_logsumexp, h, p.weight, y, use_reentrant=False) for h, y in pieces]
-    return of_logprob(p, torch.cat(parts))
-
-
-def liger(p: Problem) -> Tensor:
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-    count = len(p.advantage)
-    function = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="grpo")
-    target, behavior = p.target.view(count, -1), p.behavior.view(count, -1)
-    hidden = p.hidden.view(count, -1, p.hidden.shape[1])
-    return function(hidden, p.weight, target, torch.ones_like(target), p.advantage, old_per_token_logps=behavior)[0]
-
-
-def cut_cross_entropy(p: Problem) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy
-
-    return of_logprob(p, -linear_cross_entropy(p.hidden, p.weight, p.target, reduction="none", filter_eps=None))
-
-
-def scoring(p: Problem) -> None:
-    with torch.no_grad():
-        linear_logprob(p.hidden, p.weight, p.target)
-
-
-def contestants() -> dict[str, Callable[[Problem], Tensor]]:
-    """Those that run here."""
-    chosen = {"ours": fused("auto", grpo()), "ours, OAPL": fused("auto", oapl(1e-3))}
-    chosen |= {"ours, torch": fused("torch", grpo()), "naive": naive, "torch recompute": recompute}
-    if importlib.util.find_spec("liger_kernel"):
-        chosen["Liger GRPO"] = liger
-    if importlib.util.find_spec("cut_cross_entropy") and DEVICE.type == "cuda":
-        chosen["cut-cross-entropy"] = cut_cross_entropy
-    return chosen
-
-
-def products(p: Problem) -> None:
-    """The three matrix products of our own pass, chunk by chunk, and nothing else."""
-    hidden, weight = p.hidden.detach(), p.weight.detach()
-    native = matmul.multiplies_natively(weight.dtype, DEVICE.type)
-    logits = torch.zeros(p.chunk, len(weight), device=DEVICE, dtype=matmul.wide(weight.dtype))
-    grad = logits.to(weight.dtype) if native else logits
-    out = torch.empty_like(hidden)
-    total = matmul.WeightGradient(torch.empty(weight.shape, device=DEVICE), None, empty=True)
-    for chunk in plan_chunks(p.offsets.tolist(), p.chunk):
-        rows, size = slice(chunk.start, chunk.end), chunk.end - chunk.start
-        matmul.project(hidden[rows], weight, logits[:size])
-        matmul.hidden_product(grad[:size], weight, out[rows])
-        total.add(grad[:size], hidden[rows])
-
-
-class Products(TorchDispatchMode):
-    """Counts the FLOPs of matrix products, also inside our own operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function._opname == "product":
-            left, right = args[:2]
-            self.flops += 2 * left.numel() * right.shape[1]
-        elif function.namespace == "oapl_kernels":
-            with self:
-                return compiler.FUNCTIONS[function._opname](*args, **(kwargs or {}))
-        if function.overloadpacket._qualified_op_name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"):
-            left, right = (tensor.shape for tensor in args[-2:])
-            self.flops += 2 * math.prod(left) * right[-1]
-        return function(*args, **(kwargs or {}))
 
 
 def seconds(function: Callable[[Problem], Tensor | None], p: Problem) -> float:

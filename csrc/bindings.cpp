@@ -91,12 +91,12 @@ PYBIND11_MODULE(_cpu, module) {
   py::class_<oapl::Digest>(module, "Digest")
       .def_readonly("h0", &oapl::Digest::h0)
       .def_readonly("h1", &oapl::Digest::h1)
-      .def_readonly("infinite", &oapl::Digest::infinite);
+      .def_readonly("nonfinite", &oapl::Digest::nonfinite);
 
   const py::call_guard<py::gil_scoped_release> without_lock;
   module.def("checksum", &oapl::checksum, py::arg("spans"), py::arg("seeds"), py::arg("threads"), without_lock);
   module.def("pack", &oapl::pack, py::arg("casts"), py::arg("seeds"), py::arg("threads"), without_lock);
-  module.def("copy_changed", &oapl::copy_changed, py::arg("copies"), py::arg("threads"), without_lock);
+  module.def("copy_and_count_changes", &oapl::copy_and_count_changes, py::arg("copies"), py::arg("threads"), without_lock);
 
   module.def("instruction_set", &oapl::instruction_set);
   module.def("select_instruction_set", [](const std::string& name) {

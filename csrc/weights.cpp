@@ -51,7 +51,7 @@ constexpr int64_t COUNTED = 1 << 14;
 
 // How many of `count` values have every bit of the exponent set.
 template <typename Word>
-static inline int64_t count_infinite(const Word* values, int64_t count, Word exponent) {
+static inline int64_t count_nonfinite(const Word* values, int64_t count, Word exponent) {
   int64_t total = 0;
   for (int64_t begin = 0; begin < count; begin += COUNTED) {
     const int64_t end = std::min(begin + COUNTED, count);
@@ -62,9 +62,9 @@ static inline int64_t count_infinite(const Word* values, int64_t count, Word exp
   return total;
 }
 FOR_EACH_PROCESSOR
-static int64_t infinite_of(const void* values, int64_t count, Format format) {
-  if (format == Format::float32) return count_infinite((const uint32_t*)values, count, 0x7f800000u);
-  return count_infinite((const uint16_t*)values, count, (uint16_t)(format == Format::bfloat16 ? 0x7f80 : 0x7c00));
+static int64_t nonfinite_in(const void* values, int64_t count, Format format) {
+  if (format == Format::float32) return count_nonfinite((const uint32_t*)values, count, 0x7f800000u);
+  return count_nonfinite((const uint16_t*)values, count, (uint16_t)(format == Format::bfloat16 ? 0x7f80 : 0x7c00));
 }
 
 template <typename Word>
@@ -90,7 +90,7 @@ static int64_t copy_block(const void* from, void* to, int64_t count, int bytes) 
 namespace {
 struct Sums {
   std::atomic<uint32_t> h0{0}, h1{0};
-  std::atomic<int64_t> infinite{0};
+  std::atomic<int64_t> nonfinite{0};
 
   void add(const unsigned char* bytes, int64_t words, int64_t first, Seeds seeds) {
     uint32_t part[2];
@@ -104,7 +104,7 @@ struct Sums {
     std::memcpy(last, bytes + count / 4 * 4, count % 4);
     add(last, 1, count / 4, seeds);
   }
-  Digest digest() const { return {h0, h1, infinite}; }
+  Digest digest() const { return {h0, h1, nonfinite}; }
 };
 }  // namespace
 
@@ -151,7 +151,7 @@ std::vector<Digest> pack(const std::vector<Cast>& casts, Seeds seeds, int thread
       round_to_bf16((const uint32_t*)read, (uint16_t*)place, values);
     else if (read != place)
       std::memcpy(place, read, values * size);
-    sums[task].infinite += infinite_of(place, values, cast.to);
+    sums[task].nonfinite += nonfinite_in(place, values, cast.to);
     sums[task].add(place, values * size / 4, block * BLOCK, seeds);
   });
   std::vector<Digest> digests;
@@ -162,7 +162,7 @@ std::vector<Digest> pack(const std::vector<Cast>& casts, Seeds seeds, int thread
   return digests;
 }
 
-int64_t copy_changed(const std::vector<Copy>& copies, int threads) {
+int64_t copy_and_count_changes(const std::vector<Copy>& copies, int threads) {
   std::atomic<int64_t> changed{0};
   const auto bytes = [](const Copy& copy) { return copy.count * copy.bytes; };
   by_blocks(copies, threads, bytes, [&](size_t task, int64_t block) {

@@ -11,7 +11,7 @@ struct Seeds {
 
 struct Digest {
   uint32_t h0, h1;
-  int64_t infinite;  // values that are not finite
+  int64_t nonfinite;  // values that are not finite
 };
 
 enum class Format { float32, bfloat16, float16 };
@@ -40,6 +40,6 @@ std::vector<Digest> checksum(const std::vector<Bytes>& spans, Seeds seeds, int t
 // payload[i] = source[i]; float32 into bfloat16 rounds to nearest even, else the formats are equal. Digests of payloads
 std::vector<Digest> pack(const std::vector<Cast>& casts, Seeds seeds, int threads);
 // destination = source; returns how many values changed their bits
-int64_t copy_changed(const std::vector<Copy>& copies, int threads);
+int64_t copy_and_count_changes(const std::vector<Copy>& copies, int threads);
 
 }  // namespace oapl

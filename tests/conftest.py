@@ -1,4 +1,4 @@
-"""What every test may use: the command line as a user runs it, and a place for figures (`make prove`)."""
+"""What every test may use: the command line as a user runs it, and a place for figures (`make test-slow`)."""
 
 import json
 import os

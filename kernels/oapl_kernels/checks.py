@@ -55,19 +55,18 @@ def check_target(target: Tensor, tokens: int, vocabulary: int, ignore_index: int
     """target [T] with ids in [0, vocabulary) or ignore_index -> bool [T], true where it is not ignored."""
     check_tensor("target", target, (tokens,), INTEGERS, device)
     counted = target != ignore_index
-    if tokens:
-        wrong = counted & ((target < 0) | (target >= vocabulary))
-        if wrong.any():
-            position = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"target[{position}] is {int(target[position])}; "
-                f"allowed: 0 to {vocabulary - 1}, or ignore_index {ignore_index}"
-            )
+    wrong = counted & ((target < 0) | (target >= vocabulary))
+    if wrong.any():
+        position = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"target[{position}] is {int(target[position])}; "
+            f"allowed: 0 to {vocabulary - 1}, or ignore_index {ignore_index}"
+        )
     return counted
 
 
 def check_offsets(name: str, offsets: Tensor, total: int, device: torch.device, least: int = 1) -> list[int]:
-    """offsets [N+1]: 0, increasing by `least` at least, ending at total; returned as a list."""
+    """offsets [N+1]: 0, each at least `least` more than the one before, ending at total; returned as a list."""
     check_tensor(name, offsets, (None,), INTEGERS, device)
     values = offsets.tolist()
     if not values or values[0] != 0 or values[-1] != total:
@@ -93,14 +92,10 @@ def check_logprob(name: str, value: Tensor | None, tokens: int, trained: Tensor,
         )
 
 
-def check_group(reward: Tensor, cu_groups: Tensor, beta1: float, valid: Tensor | None) -> None:
+def check_group(reward: Tensor, cu_groups: Tensor, beta1: float) -> None:
     """The arguments of group_value and group_advantage."""
     check_tensor("reward", reward, (None,), FLOATS, getattr(reward, "device", None))
     check_offsets("cu_groups", cu_groups, len(reward), reward.device)
     if not beta1 > 0:
         raise ValueError(f"beta1 is {beta1}; allowed: a number > 0, inf for the group mean")
-    scored = torch.ones_like(reward, dtype=torch.bool)
-    if valid is not None:
-        check_tensor("valid", valid, (len(reward),), MASKS, reward.device)
-        scored = valid != 0
-    check_logprob("reward", reward, len(reward), scored, reward.device)
+    check_logprob("reward", reward, len(reward), torch.ones_like(reward, dtype=torch.bool), reward.device)

@@ -7,10 +7,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from .testing import FUNCTIONS
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 LIBRARY = torch.library.Library("oapl_kernels", "DEF")
-FUNCTIONS: dict[str, Callable[..., Any]] = {}  # what the operations run, for meters that look inside them
 _disabled = cache(torch.compiler.disable)
 
 
@@ -41,9 +42,13 @@ def operation(
     return register
 
 
+def return_nothing(*arguments: Any) -> None:
+    """Fake result of an operation that only changes its arguments."""
+
+
 def opaque(function: Function) -> Function:
     """function, which torch.compile calls but does not trace. torch.compiler.disable itself would import the compiler
-    into every program; where it has not been imported, nobody compiles."""
+    into every program; where it has not been imported, nothing is compiled."""
 
     @wraps(function)
     def call(*arguments: Any, **keywords: Any) -> Any:

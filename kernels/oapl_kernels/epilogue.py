@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .scratch import cast_in_place
+from .workspace import cast_in_place
 
 LOWEST = -1e30  # d of a logit of -inf: finite, so that p * d is 0 and not NaN
 

@@ -1,4 +1,4 @@
-"""The functions of `epilogue` in Triton: one program a row, fp32 logits, in place."""
+"""The functions of `epilogue` in Triton: one program per row, fp32 logits, in place."""
 
 # mypy: disable-error-code="no-untyped-def"
 import torch
@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import INTERPRETED, launch
-from .scratch import cast_in_place
+from .workspace import cast_in_place
 
 BLOCK, WARPS = 4096, 8
 
@@ -115,6 +115,13 @@ def one_minus_exp(logprob):
 
 
 @triton.jit
+def log_probability(z, highest, log_sum, inverse_temperature, softcap, CAP: tl.constexpr):
+    """ln p of each logit, finite for a logit of -inf."""
+    d = scaled(z, inverse_temperature, softcap, CAP) - highest - log_sum
+    return tl.where(d < -1e30, -1e30, d)
+
+
+@triton.jit
 def row_gradient(
     logits,
     gradient,
@@ -151,15 +158,10 @@ def row_gradient(
     for begin in range(0, vocabulary, BLOCK):
         valid = begin + lane < vocabulary
         z = tl.load(logits + begin + lane, mask=valid, other=0.0)
-        # A narrower row lies over logits that another warp may not have read yet.
+        # A bf16 row is stored over logits that another warp may not have read yet.
         tl.debug_barrier()
-        x = scaled(z, inverse_temperature, softcap, CAP)
-        d = x - highest - log_sum
-        d = tl.where(d < -1e30, -1e30, d)
-        if ENTROPY:
-            g = tl.exp(d) * (-a - e * (d + entropy))
-        else:
-            g = tl.exp(d) * -a
+        d = log_probability(z, highest, log_sum, inverse_temperature, softcap, CAP)
+        g = tl.exp(d) * (-a - e * (d + entropy) if ENTROPY else -a)
         g = tl.where(begin + lane == chosen, at_target, g)
         if CAP:
             t = tanh(z / softcap)

@@ -1,32 +1,29 @@
 """The vocabulary head on one chunk of tokens: logits, statistics, gradient. Used by both public operations."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backend as backends
 from .chunks import default_chunk_tokens
-from .compiler import operation
-from .matmul import multiplies_natively, project, wide
-from .scratch import cast_in_place, scratch
+from .compiler import operation, return_nothing
+from .matmul import WeightGradient, accumulation_dtype, multiplies_natively, project
 from .vocabulary import Vocabulary
+from .workspace import cast_in_place, workspace
 
 
 class HeadOptions(NamedTuple):
-    """What the public operations say about the head."""
+    """What the public operations say about the head, in types that a custom op takes."""
 
     temperature: float
     softcap: float | None
     chunk_tokens: int | None
     backend: str
-    vocabulary: Vocabulary
+    group: str | None
 
 
-def _nothing(*arguments: Any) -> None: ...
-
-
-@operation(_nothing, mutates=("out",))
+@operation(return_nothing, mutates=("out",))
 def epilogue_statistics(
     logits: Tensor, target: Tensor, out: Tensor, temperature: float, softcap: float | None, backend: str
 ) -> None:
@@ -34,7 +31,7 @@ def epilogue_statistics(
     backends.epilogue(backend).statistics(logits, target, temperature, softcap, out)
 
 
-@operation(_nothing, mutates=("logits",))
+@operation(return_nothing, mutates=("logits",))
 def epilogue_gradient(
     logits: Tensor,
     target: Tensor,
@@ -62,24 +59,34 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 class Head:
     """weight [V, D], bias [V] and one preallocated chunk of logits [chunk_tokens, V]."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, options: HeadOptions, tokens: int):
-        self.weight, self.options = weight, options
-        self.dtype = wide(weight.dtype)
+    def __init__(self, weight: Tensor, bias: Tensor | None, options: HeadOptions, vocabulary: Vocabulary, tokens: int):
+        self.weight, self.options, self.vocabulary = weight, options, vocabulary
+        self.dtype = accumulation_dtype(weight.dtype)
         self.gradient_dtype = weight.dtype if multiplies_natively(weight.dtype, weight.device.type) else self.dtype
         self.bias = None if bias is None else bias.to(self.dtype)
         self.chunk_tokens = options.chunk_tokens or default_chunk_tokens(len(weight), weight.device)
-        self.vocabulary = options.vocabulary
         self._backend = backends.choose(options.backend, weight.device, weight.dtype)
         self.rows = min(self.chunk_tokens, tokens)
         self._logits = self.new(self.rows, len(weight))
         self._statistics = self.new(4, self.rows)
 
     def new(self, *shape: int) -> Tensor:
-        """Scratch for sums: fp32, fp64 for fp64 weights."""
-        return scratch(*shape, dtype=self.dtype, device=self.weight.device)
+        """Workspace for sums: fp32, fp64 for fp64 weights."""
+        return workspace(*shape, dtype=self.dtype, device=self.weight.device)
+
+    def hidden_gradient(self, hidden: Tensor) -> Tensor:
+        """Workspace [T, D] for the gradient of hidden [T, D]. fp16 cannot hold gradients that are not scaled yet."""
+        dtype = self.dtype if hidden.dtype == torch.float16 else hidden.dtype
+        return workspace(*hidden.shape, dtype=dtype, device=hidden.device)
+
+    def weight_gradient(self, weight: bool, bias: bool) -> WeightGradient:
+        """Sums for the gradients of weight and bias, of those that are wanted."""
+        return WeightGradient(
+            self.new(*self.weight.shape) if weight else None, self.new(len(self.weight)) if bias else None
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [t, D] -> logits [t, V] in the scratch."""
+        """hidden [t, D] -> logits [t, V], valid until the next chunk."""
         out = self._logits[: len(hidden)]
         project(hidden, self.weight, out)
         return out if self.bias is None else out.add_(self.bias)
@@ -92,7 +99,7 @@ class Head:
         return self.vocabulary.combine(out, target)
 
     def score(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """`statistics` of hidden [t, D]; valid until the next chunk. Without logits in memory where that is quicker:
+        """`statistics` of hidden [t, D]; valid until the next chunk. Without logits in memory where that is faster:
         half precision in Triton (fp32 products need the library's)."""
         if self._backend != "triton" or self.weight.dtype.itemsize > 2:
             return self.statistics(self.logits(hidden), target)
@@ -107,7 +114,15 @@ class Head:
     ) -> Tensor:
         """d loss / d logits [t, V] in gradient_dtype, over the logits; coefficients [t] are the loss's derivatives
         by log-prob and by entropy."""
-        options, dtype = self.options, self.gradient_dtype
-        rest = (options.temperature, options.softcap, dtype, self._backend)
-        epilogue_gradient(logits, target, stats, coefficient, entropy_coefficient, *rest)
-        return cast_in_place(logits, dtype)
+        epilogue_gradient(
+            logits,
+            target,
+            stats,
+            coefficient,
+            entropy_coefficient,
+            self.options.temperature,
+            self.options.softcap,
+            self.gradient_dtype,
+            self._backend,
+        )
+        return cast_in_place(logits, self.gradient_dtype)

@@ -1,11 +1,10 @@
 """Every Triton kernel is launched here, so that tests can see that it was."""
 
-from collections import Counter
 from typing import Any
 
 import triton
 
-LAUNCHES: Counter[str] = Counter()
+from .testing import LAUNCHES
 
 # The interpreter truncates fp32 to bf16 where the hardware rounds to nearest even, and multiplies bf16 as raw bits.
 INTERPRETED: bool = triton.knobs.runtime.interpret

@@ -8,10 +8,10 @@ from torch import Tensor
 from .checks import INTEGERS, check_head, check_target, check_tensor
 from .compiler import operation
 from .head import Head, HeadOptions, compute_dtype
-from .matmul import WeightGradient, hidden_product, wide
-from .scratch import scratch
-from .sequence import spread
+from .matmul import accumulation_dtype, hidden_product
+from .sequence import scatter_rows
 from .vocabulary import Vocabulary, group_name
+from .workspace import workspace
 
 
 def _start(
@@ -21,17 +21,16 @@ def _start(
     bias: Tensor | None,
     dtype: torch.dtype,
     ignore_index: int,
-    *rest: Any,
+    options: HeadOptions,
 ) -> tuple[Head, Tensor, Tensor, Tensor | None]:
-    """The head, and hidden [t, D], this shard's target [t] and position [t] of tokens that are not ignored: the others
-    cost nothing. position None: all."""
-    *options, group = rest
-    vocabulary = Vocabulary(weight, group)
+    """The tokens that are not ignored: head, hidden [t, D], target [t] as rows of the head, position [t] in the batch.
+    The others cost nothing. Without ignored tokens position is None."""
+    vocabulary = Vocabulary(weight, options.group)
     counted = check_target(target, len(hidden), vocabulary.size, ignore_index, hidden.device)
     position = None if counted.all() else counted.nonzero()[:, 0]
     if position is not None:
         hidden, target = hidden[position], target[position]
-    head = Head(weight.to(dtype), bias, HeadOptions._make([*options, vocabulary]), len(hidden))
+    head = Head(weight.to(dtype), bias, options, vocabulary, len(hidden))
     return head, hidden.to(dtype), vocabulary.local_target(target), position
 
 
@@ -63,41 +62,38 @@ def head_logprob_backward(
     group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, each like its tensor where wanted and empty where not."""
-    leaves = (hidden, weight, bias)
+    options = HeadOptions(temperature, softcap, chunk_tokens, backend, group)
+    leaves, tokens = (hidden, weight, bias), len(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        rest = (ignore_index, temperature, softcap, chunk_tokens, backend, group)
-        head, hidden, target, position = _start(hidden, weight, target, bias, dtype, *rest)
+        head, hidden, target, position = _start(hidden, weight, target, bias, dtype, ignore_index, options)
         coefficient = torch.zeros_like(stats[0]) if by_logprob is None else by_logprob
         if position is not None:
             stats, coefficient = stats[:, position], coefficient[position]
             by_entropy = None if by_entropy is None else by_entropy[position]
-        kept = head.dtype if dtype == torch.float16 else dtype
-        hidden_sum = scratch(*hidden.shape, dtype=kept, device=hidden.device) if wants[0] else None
-        weight_sum = head.new(*weight.shape) if wants[1] else None
-        main = WeightGradient(weight_sum, head.new(len(weight)) if wants[2] else None, empty=True)
+        hidden_sum = head.hidden_gradient(hidden) if wants[0] else None
+        main = head.weight_gradient(wants[1], wants[2])
         for rows in _chunks(head, len(hidden)):
             by_row = None if by_entropy is None else by_entropy[rows]
             grad = head.gradient(head.logits(hidden[rows]), target[rows], stats[:, rows], coefficient[rows], by_row)
             if hidden_sum is not None:
                 hidden_product(grad, head.weight, hidden_sum[rows])
-            if wants[1] or wants[2]:
-                main.add(grad, hidden[rows])
+            main.add(grad, hidden[rows])
         main.finish()
         if hidden_sum is not None:
             head.vocabulary.reduce(hidden_sum)
             if position is not None:
-                hidden_sum = spread(hidden_sum, position, len(leaves[0]))
+                hidden_sum = scatter_rows(hidden_sum, position, tokens)
     found = zip((hidden_sum, main.weight, main.bias), leaves, strict=True)
     return tuple(stats.new_empty(0) if g is None or leaf is None else g.to(leaf.dtype) for g, leaf in found)  # type: ignore[return-value]
 
 
 def _fake(hidden: Tensor, weight: Tensor, target: Tensor, bias: object, dtype: torch.dtype, *_: Any) -> list[Tensor]:
-    return [hidden.new_empty(*shape, len(target), dtype=wide(dtype)) for shape in ((), (), (4,))]
+    return [hidden.new_empty(*shape, len(target), dtype=accumulation_dtype(dtype)) for shape in ((), (), (4,))]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:4], output[2])
-    ctx.rest = inputs[4:]
+    ctx.options = inputs[4:]
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
@@ -105,9 +101,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, by_logprob: Tensor | None, by_entropy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     *inputs, stats = ctx.saved_tensors
     wants = [ctx.needs_input_grad[index] for index in (0, 1, 3)]
-    found = head_logprob_backward(wants, by_logprob, by_entropy, stats, *inputs, *ctx.rest)
+    found = head_logprob_backward(wants, by_logprob, by_entropy, stats, *inputs, *ctx.options)
     hidden, weight, bias = (g if wanted else None for g, wanted in zip(found, wants, strict=True))
-    return hidden, weight, None, bias, *(None for _ in ctx.rest)
+    return hidden, weight, None, bias, *(None for _ in ctx.options)
 
 
 @operation(_fake, save=_save, backward=_backward)
@@ -125,11 +121,11 @@ def head_logprob(
     group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prob [T], entropy [T] and, for backward, stats [4, T]; computed in dtype."""
+    options = HeadOptions(temperature, softcap, chunk_tokens, backend, group)
     tokens = len(target)
     with torch.autocast(hidden.device.type, enabled=False):
-        rest = (ignore_index, temperature, softcap, chunk_tokens, backend, group)
-        head, hidden, target, position = _start(hidden, weight, target, bias, dtype, *rest)
-        stats = scratch(4, len(hidden), dtype=head.dtype, device=hidden.device)
+        head, hidden, target, position = _start(hidden, weight, target, bias, dtype, ignore_index, options)
+        stats = workspace(4, len(hidden), dtype=head.dtype, device=hidden.device)
         for rows in _chunks(head, len(hidden)):
             stats[:, rows] = head.score(hidden[rows], target[rows])
     if position is not None:
@@ -155,11 +151,11 @@ def linear_logprob(
 
     hidden [T, D], weight [V, D], bias [V], target [T]. Returns fp32 (fp64 for fp64 inputs), with return_entropy also
     the entropy [T]; both differentiable. 2 T D V operations, and 6 more in backward, which recomputes the logits: for
-    a policy loss `fused_policy_loss` needs 6 in all. The keywords are those of `fused_policy_loss`.
+    a policy loss `fused_policy_loss` needs 6 in total. The keywords are those of `fused_policy_loss`.
     """
     dtype = compute_dtype(hidden) if isinstance(hidden, Tensor) else None
     check_head(hidden, weight, bias, temperature, softcap, chunk_tokens, same_dtype=dtype == hidden.dtype)
     check_tensor("target", target, (len(hidden),), INTEGERS, hidden.device)
-    rest = (ignore_index, temperature, softcap, chunk_tokens, backend, group_name(process_group))
-    logprob, entropy, _ = head_logprob(hidden, weight, target, bias, dtype, *rest)
+    options = HeadOptions(temperature, softcap, chunk_tokens, backend, group_name(process_group))
+    logprob, entropy, _ = head_logprob(hidden, weight, target, bias, dtype, ignore_index, *options)
     return (logprob, entropy) if return_entropy else logprob

@@ -1,7 +1,7 @@
 """Log-prob, entropy and normaliser of each token straight from hidden and weight: no logits in memory.
 
-One program a tile of [tokens, vocabulary]; it leaves the tile's max, sum and weighted sum, which are then merged.
-For half precision on a GPU, where scoring is all that is asked; a loss needs the logits again and takes the epilogue.
+One program per tile of [tokens, vocabulary] stores the tile's max, sum and weighted sum, which are then merged. For
+half precision on a GPU where no loss follows; a loss needs the logits again and uses the epilogue.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -12,10 +12,59 @@ from torch import Tensor
 
 from .epilogue_triton import scaled
 from .launches import INTERPRETED, launch
-from .scratch import scratch
+from .workspace import workspace
 
 TOKENS, VOCABULARY, DEPTH, GROUP = 128, 128, 64, 8
 WARPS, STAGES = 8, 2 if torch.version.hip else 3
+
+
+@triton.jit
+def choose_tile(tokens, vocabulary, TOKENS: tl.constexpr, VOCABULARY: tl.constexpr, GROUP: tl.constexpr):
+    """Row and column of this program's tile. GROUP rows of tiles move along the vocabulary together, so that programs
+    that run at the same time read the same rows of hidden or weight."""
+    program = tl.program_id(0)
+    row_tiles = tl.cdiv(tokens, TOKENS)
+    column_tiles = tl.cdiv(vocabulary, VOCABULARY)
+    first = program // (GROUP * column_tiles) * GROUP
+    height = tl.minimum(row_tiles - first, GROUP)
+    inside = program % (GROUP * column_tiles)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def multiply_tile(
+    hidden,
+    weight,
+    rows,
+    columns,
+    tokens,
+    depth,
+    vocabulary,
+    hidden_stride,
+    weight_stride,
+    DEPTH: tl.constexpr,
+    DIVIDES: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """hidden [rows] @ weight [columns]^T, fp32. In place of rows and columns beyond the end, the first ones are read
+    again; what comes of them is not stored."""
+    along = tl.arange(0, DEPTH)
+    left = hidden + (rows % tokens).to(tl.int64)[:, None] * hidden_stride + along[None, :]
+    right = weight + (columns % vocabulary).to(tl.int64)[None, :] * weight_stride + along[:, None]
+    z = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    for begin in range(0, depth, DEPTH):
+        if DIVIDES:
+            h, w = tl.load(left), tl.load(right)
+        else:
+            h = tl.load(left, mask=(begin + along < depth)[None, :], other=0.0)
+            w = tl.load(right, mask=(begin + along < depth)[:, None], other=0.0)
+        if WIDEN:
+            z = tl.dot(h.to(tl.float32), w.to(tl.float32), z, input_precision="ieee")
+        else:
+            z = tl.dot(h, w, z)
+        left += DEPTH
+        right += DEPTH
+    return z
 
 
 @triton.jit
@@ -37,48 +86,26 @@ def score_tile(
     VOCABULARY: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
-    WHOLE_DEPTH: tl.constexpr,
+    DIVIDES: tl.constexpr,
     BIAS: tl.constexpr,
     CAP: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """partial [3, vocabulary tiles, tokens] = max, sum, weighted sum of x; chosen [tokens] = x at the target."""
-    program = tl.program_id(0)
-    row_tiles = tl.cdiv(tokens, TOKENS)
-    column_tiles = tl.cdiv(vocabulary, VOCABULARY)
-    # Neighbours share rows of weight or hidden: GROUP token tiles walk the vocabulary together.
-    first = program // (GROUP * column_tiles) * GROUP
-    height = tl.minimum(row_tiles - first, GROUP)
-    inside = program % (GROUP * column_tiles)
-    row_tile, column_tile = first + inside % height, inside // height
+    row_tile, column_tile = choose_tile(tokens, vocabulary, TOKENS, VOCABULARY, GROUP)
     rows = row_tile * TOKENS + tl.arange(0, TOKENS)
     columns = column_tile * VOCABULARY + tl.arange(0, VOCABULARY)
-    along = tl.arange(0, DEPTH)
-    # Rows and columns beyond the end are read again from the start and dropped below.
-    left = hidden + (rows % tokens).to(tl.int64)[:, None] * hidden_stride + along[None, :]
-    right = weight + (columns % vocabulary).to(tl.int64)[None, :] * weight_stride + along[:, None]
-    z = tl.zeros((TOKENS, VOCABULARY), tl.float32)
-    for begin in range(0, depth, DEPTH):
-        if WHOLE_DEPTH:
-            h, w = tl.load(left), tl.load(right)
-        else:
-            h = tl.load(left, mask=(begin + along < depth)[None, :], other=0.0)
-            w = tl.load(right, mask=(begin + along < depth)[:, None], other=0.0)
-        if WIDEN:
-            z = tl.dot(h.to(tl.float32), w.to(tl.float32), z, input_precision="ieee")
-        else:
-            z = tl.dot(h, w, z)
-        left += DEPTH
-        right += DEPTH
+    z = multiply_tile(
+        hidden, weight, rows, columns, tokens, depth, vocabulary, hidden_stride, weight_stride, DEPTH, DIVIDES, WIDEN
+    )
     if BIAS:
         z += tl.load(bias + columns, mask=columns < vocabulary, other=0.0)[None, :]
-    valid = (columns < vocabulary)[None, :]
-    x = tl.where(valid, scaled(z, inverse_temperature, softcap, CAP), -float("inf"))
+    x = tl.where((columns < vocabulary)[None, :], scaled(z, inverse_temperature, softcap, CAP), -float("inf"))
     top = tl.max(x, 1)
     d = tl.where(x > -float("inf"), x - top[:, None], -1e30)
     p = tl.exp(d)
     slot = column_tile.to(tl.int64) * tokens + rows
-    plane = column_tiles.to(tl.int64) * tokens
+    plane = tl.cdiv(vocabulary, VOCABULARY).to(tl.int64) * tokens
     tl.store(partial + slot, top, mask=rows < tokens)
     tl.store(partial + plane + slot, tl.sum(p, 1), mask=rows < tokens)
     tl.store(partial + 2 * plane + slot, tl.sum(p * d, 1), mask=rows < tokens)
@@ -97,13 +124,10 @@ def score(
 ) -> Tensor:
     """[4, t] = log-prob (0 where target is -1), entropy, max and ln sum exp(x - max), from hidden [t, D]."""
     tokens, depth = hidden.shape
-    if hidden.stride(1) != 1:
-        hidden = hidden.contiguous()
-    if weight.stride(1) != 1:
-        weight = weight.contiguous()
+    hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
     row_tiles, column_tiles = triton.cdiv(tokens, TOKENS), triton.cdiv(len(weight), VOCABULARY)
-    partial = scratch(3, column_tiles, tokens, dtype=torch.float32, device=hidden.device)
-    chosen = scratch(tokens, dtype=torch.float32, device=hidden.device)
+    partial = workspace(3, column_tiles, tokens, dtype=torch.float32, device=hidden.device)
+    chosen = workspace(tokens, dtype=torch.float32, device=hidden.device)
     launch(
         score_tile,
         (row_tiles * column_tiles,),
@@ -124,7 +148,7 @@ def score(
         VOCABULARY=VOCABULARY,
         DEPTH=DEPTH,
         GROUP=GROUP,
-        WHOLE_DEPTH=depth % DEPTH == 0,
+        DIVIDES=depth % DEPTH == 0,
         BIAS=bias is not None,
         CAP=softcap is not None,
         WIDEN=INTERPRETED,

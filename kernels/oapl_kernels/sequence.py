@@ -8,11 +8,11 @@ from torch import Tensor
 from .backend import runs_triton
 from .checks import FLOATS, INTEGERS, MASKS, check_offsets, check_tensor
 from .compiler import operation
-from .matmul import wide
+from .matmul import accumulation_dtype
 
 
 def _empty_sums(token_values: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> Tensor:
-    return token_values.new_empty(len(cu_seqlens) - 1, dtype=wide(token_values.dtype))
+    return token_values.new_empty(len(cu_seqlens) - 1, dtype=accumulation_dtype(token_values.dtype))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -40,10 +40,10 @@ def sequence_sums(token_values: Tensor, cu_seqlens: Tensor, mask: Tensor | None)
     values = token_values if mask is None else torch.where(mask != 0, token_values, 0)
     # fp64 accumulation in a fixed order: the error of a compensated fp32 sum, and the same bits on every run.
     totals = torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens.long())
-    return totals.to(wide(values.dtype))
+    return totals.to(accumulation_dtype(values.dtype))
 
 
-def spread(values: Tensor, rows: Tensor, tokens: int) -> Tensor:
+def scatter_rows(values: Tensor, rows: Tensor, tokens: int) -> Tensor:
     """values [t, ...] at rows [t] of zeros [tokens, ...], differentiable."""
     return values.new_zeros(tokens, *values.shape[1:]).index_copy(0, rows, values)
 
@@ -59,5 +59,5 @@ def sequence_sum(token_values: Tensor, cu_seqlens: Tensor, mask: Tensor | None =
     if mask is not None:
         check_tensor("mask", mask, (len(token_values),), MASKS, token_values.device)
     if len(cu_seqlens) <= 1:
-        return token_values.new_zeros(0, dtype=wide(token_values.dtype))
+        return token_values.new_zeros(0, dtype=accumulation_dtype(token_values.dtype))
     return sequence_sums(token_values, cu_seqlens, mask)

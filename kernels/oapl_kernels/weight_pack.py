@@ -1,4 +1,4 @@
-"""Weights on their way to an engine: cast, pack and checksum in one reading; check, then scatter.
+"""Weights on their way to an engine: cast, pack and checksum in one reading.
 
 The checksum of a payload is over its bytes as little-endian u32 words w_i, zero-padded:
 h_k = sum_i fmix32(w_i xor fmix32(i + SEEDS[k])) mod 2^32 for k = 0, 1, returned as h_0 | h_1 << 32. It depends on the
@@ -62,31 +62,10 @@ def pack_all(sources: list[Tensor], payloads: list[Tensor]) -> Tensor:
     return torch.stack(digests) if digests else torch.empty(0, 3, dtype=torch.int32)
 
 
-def digest(payload: Tensor) -> Tensor:
-    """The digest [3] of a packed payload as it is."""
-    return pack(payload, payload)
-
-
-def checksums(digests: list[Tensor]) -> list[int]:
-    """The 64-bit checksums of digests, in one transfer; ValueError if a payload holds a value that is not finite."""
-    if not digests:
-        return []
-    values = torch.stack(digests).cpu().to(torch.int64) & 0xFFFFFFFF
-    for index, (_, _, infinite) in enumerate(values.tolist()):
-        if infinite:
-            raise ValueError(f"payload {index} holds {infinite} values that are not finite; allowed: finite weights")
-    return [low | high << 32 for low, high, _ in values.tolist()]
-
-
-def checksum(payload: Tensor) -> int:
-    """The 64-bit checksum of the bytes of a contiguous tensor; on CPU of any dtype, on a GPU of one of CASTS."""
-    return checksum_all([payload])[0]
-
-
 def checksum_all(payloads: list[Tensor]) -> list[int]:
-    """`checksum` of many, with one start of threads or one transfer."""
+    """The 64-bit checksums of the bytes of contiguous tensors; on CPU of any dtype, on a GPU of one of CASTS."""
     if payloads and runs_triton(payloads[0]):
-        digests = torch.stack([digest(payload) for payload in payloads]).cpu().to(torch.int64) & 0xFFFFFFFF
+        digests = torch.stack([pack(payload, payload) for payload in payloads]).cpu().to(torch.int64) & 0xFFFFFFFF
         return [low | high << 32 for low, high, _ in digests.tolist()]
     return [low | high << 32 for low, high in _checksums_on_cpu(payloads)]
 
@@ -95,17 +74,6 @@ def combine_checksums(values: Iterable[int]) -> str:
     """16 hex digits of many checksums together: the halves' sums mod 2^32, whatever their order."""
     low, high = np.array([(v & 0xFFFFFFFF, v >> 32) for v in values], np.uint64).reshape(-1, 2).sum(0) & 0xFFFFFFFF
     return f"{int(low) | int(high) << 32:016x}"
-
-
-def unpack(payloads: list[Tensor], destinations: list[Tensor], expected: list[int]) -> None:
-    """Check every payload [n] against its expected checksum, then copy each into its destination (any strides, n
-    elements). ValueError naming the first that differs; then nothing has been written."""
-    found = checksums([digest(payload) for payload in payloads])
-    for index, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
-        if mine != theirs:
-            raise ValueError(f"payload {index} has checksum {mine:016x}; allowed: {theirs:016x}, as it was packed")
-    for payload, destination in zip(payloads, destinations, strict=True):
-        destination.copy_(payload.view(destination.shape))
 
 
 def copy_and_count_changes(payloads: list[Tensor], destinations: list[Tensor]) -> int:
@@ -117,12 +85,12 @@ def copy_and_count_changes(payloads: list[Tensor], destinations: list[Tensor]) -
         if not (payload.is_contiguous() and destination.is_contiguous()) or payload.itemsize not in (2, 4):
             raise ValueError(
                 f"payload is {payload.dtype} with strides {payload.stride()}, destination has {destination.stride()}; "
-                "allowed: contiguous tensors of 2 or 4 bytes an element"
+                "allowed: contiguous tensors of 2 or 4 bytes per element"
             )
     cpp = extension()
     if cpp is not None:
         copies = [cpp.Copy(p.data_ptr(), d.data_ptr(), len(p), p.itemsize) for p, d in pairs]
-        return int(cpp.copy_changed(copies, torch.get_num_threads()))
+        return int(cpp.copy_and_count_changes(copies, torch.get_num_threads()))
     changed = 0
     for payload, destination in pairs:
         bits = torch.int16 if payload.itemsize == 2 else torch.int32
@@ -138,12 +106,12 @@ def _pack_on_cpu(sources: list[Tensor], payloads: list[Tensor]) -> Tensor:
     if cpp is not None and all(s.dtype == p.dtype or (s.dtype, p.dtype) == fused for s, p in pairs):
         formats = {dtype: getattr(cpp.Format, str(dtype).removeprefix("torch.")) for dtype in CASTS}
         casts = [cpp.Cast(s.data_ptr(), formats[s.dtype], p.data_ptr(), formats[p.dtype], len(p)) for s, p in pairs]
-        found = [(d.h0, d.h1, d.infinite) for d in cpp.pack(casts, cpp.Seeds(*SEEDS), torch.get_num_threads())]
+        found = [(d.h0, d.h1, d.nonfinite) for d in cpp.pack(casts, cpp.Seeds(*SEEDS), torch.get_num_threads())]
     else:
         for source, payload in pairs:
             payload.copy_(source)
-        infinite = [len(payload) - int(torch.isfinite(payload).sum()) for payload in payloads]
-        found = [(*sums, count) for sums, count in zip(_checksums_on_cpu(payloads), infinite, strict=True)]
+        nonfinite = [len(payload) - int(torch.isfinite(payload).sum()) for payload in payloads]
+        found = [(*sums, count) for sums, count in zip(_checksums_on_cpu(payloads), nonfinite, strict=True)]
     return torch.tensor(found, dtype=torch.int64).to(torch.int32)
 
 

@@ -33,11 +33,11 @@ def pack_block(source, payload, digest, count, words, BLOCK: tl.constexpr, INTER
     tl.store(payload + index, value, mask=valid)
     if A_WORD == 1:
         bits = value.to(tl.uint32, bitcast=True)
-        infinite = (bits & 0x7F800000) == 0x7F800000
+        nonfinite = (bits & 0x7F800000) == 0x7F800000
     else:
         halves = value.to(tl.uint16, bitcast=True).to(tl.uint32)
         exponent = 0x7F80 if payload.dtype.element_ty == tl.bfloat16 else 0x7C00
-        infinite = (halves & exponent) == exponent
+        nonfinite = (halves & exponent) == exponent
         low, high = tl.split(tl.reshape(halves, (BLOCK, A_WORD)))
         bits = low | (high << 16)
     word = block + tl.arange(0, BLOCK)
@@ -46,7 +46,7 @@ def pack_block(source, payload, digest, count, words, BLOCK: tl.constexpr, INTER
         hashed = tl.where(word < words, mix(bits ^ mix(word.to(tl.uint32) + seed)), 0)
         # Integer atomics: the sum does not depend on the order of programs.
         tl.atomic_add(digest + k, tl.sum(hashed, 0).to(tl.int32, bitcast=True))
-    tl.atomic_add(digest + 2, tl.sum(infinite.to(tl.int32), 0))
+    tl.atomic_add(digest + 2, tl.sum(nonfinite.to(tl.int32), 0))
 
 
 def pack_words(source: Tensor, payload: Tensor) -> Tensor:

@@ -54,22 +54,25 @@ class ThreadClient(AsyncMPClient):
         self.vllm_config = vllm_config
         self.client_index = 0
         self.core_engine = b""
-        self.core_engines, self.engine_ranks_managed = [b""], [0]
+        self.core_engines = [b""]
+        self.engine_ranks_managed = [0]
         self.engines_running = False
         self.utility_results: dict[int, Any] = {}
         self.resources = BackgroundResources(ctx=None)  # type: ignore[arg-type]
         self.outputs_queue: asyncio.Queue[Any] = asyncio.Queue()
-        self.loop = asyncio.get_running_loop()
         self._calls = 0
         started: Future[ThreadCore] = Future()
-        arguments = (vllm_config, executor_class, log_stats, started)
+        outputs = Outputs(asyncio.get_running_loop(), self._receive)
+        arguments = (vllm_config, executor_class, log_stats, outputs, started)
         self.thread = threading.Thread(target=self._run, args=arguments, name="engine-core", daemon=True)
         self.thread.start()
         self.core = started.result()
 
-    def _run(self, vllm_config: Any, executor_class: Any, log_stats: bool, started: Future[ThreadCore]) -> None:
+    def _run(
+        self, vllm_config: Any, executor_class: Any, log_stats: bool, outputs: Outputs, started: Future[ThreadCore]
+    ) -> None:
         try:
-            core = ThreadCore(vllm_config, executor_class, log_stats, Outputs(self.loop, self._receive))
+            core = ThreadCore(vllm_config, executor_class, log_stats, outputs)
         except BaseException as error:
             started.set_exception(error)
             return
@@ -80,7 +83,7 @@ class ThreadClient(AsyncMPClient):
             core.shutdown()
         except BaseException:
             logger.exception("the engine core failed")
-        self.loop.call_soon_threadsafe(self._ended)
+        outputs.loop.call_soon_threadsafe(self._ended)
 
     def _receive(self, outputs: EngineCoreOutputs) -> None:
         if outputs.utility_output:
@@ -101,7 +104,7 @@ class ThreadClient(AsyncMPClient):
     async def _call_utility_async(self, method: str, *args: Any, engine: bytes) -> Any:
         self.ensure_alive()
         self._calls += 1
-        future = self.utility_results[self._calls] = self.loop.create_future()
+        future = self.utility_results[self._calls] = asyncio.get_running_loop().create_future()
         self.core.input_queue.put((EngineCoreRequestType.UTILITY, (0, self._calls, method, args)))
         return await future
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from oapl_engine.inference.options import EngineOptions
 from oapl_engine.inference.protocol import Reply, Request, Sample, Sampling
-from oapl_engine.weights.control import Attest, Bucket, Finish, Init, Inspect, Start, UpdateReply, UpdateRequest
+from oapl_engine.inference.weight_updates import WeightState, WeightUpdates
+from oapl_engine.weights.control import UpdateReply
 
 logger = logging.getLogger("oapl_engine.inference")
 
@@ -40,22 +41,6 @@ class Counters:
     samples_running: int = 0
 
 
-@dataclasses.dataclass
-class WeightState:
-    """Of the weights: complete → incomplete (an update began) → unattested (it finished) → complete.
-
-    version:   of the weights in place; arriving: of the update that began last
-    """
-
-    version: int
-    arriving: int
-    state: str = "complete"
-
-    def refuse_unless(self, *states: str) -> None:
-        if self.state not in states:
-            raise RuntimeError(f"weights are {self.state} (version {self.arriving}): publish a complete version first")
-
-
 class EngineServer:
     """One owner's engine.
 
@@ -70,6 +55,7 @@ class EngineServer:
         self.on_cpu = on_cpu
         self.counted = Counters(options.incarnation)
         self.weights = WeightState(options.version, options.version)
+        self.updates = WeightUpdates(llm, self.weights, self._check_still)
         self.keep = False
         self.asleep: set[str] = set()
         self.gate = asyncio.Event()
@@ -149,26 +135,20 @@ class EngineServer:
 
     async def update(self, request: dict[str, Any]) -> UpdateReply:
         """One request of a weight update, carried out or refused with the reason."""
-        typed: UpdateRequest = msgspec.convert(request, UpdateRequest)
-        error, refused = None, {}
-        try:
-            await self._carry_out(typed)
-        except CachedBlocksError as found:
-            error, refused = str(found), found.refused
-        except Exception as refusal:
-            logger.exception("update %s was refused", type(typed).__name__)
-            error = str(refusal)
-        reports: list[dict[str, Any]] = []
-        if isinstance(typed, Inspect):
-            reports = await self.llm.collective_rpc("parameter_checksums")
-        elif error or isinstance(typed, Finish):
-            reports = await self.llm.collective_rpc("weight_report")
-        return UpdateReply(self.weights.state, self.weights.version, error, refused, reports)
+        return await self.updates.answer(request)
 
     async def counters(self) -> dict[str, Any]:
         """What this incarnation has done, and the version and state of its weights."""
         weights = {"version": self.weights.version, "state": self.weights.state}
         return {**dataclasses.asdict(self.counted), **weights, "pid": os.getpid()}
+
+    def _check_still(self) -> None:
+        if self.gate.is_set():
+            raise RuntimeError("weights can change only while generation is paused: call pause first")
+        if "weights" in self.asleep:
+            raise RuntimeError("the weights' memory was given back: call wake first")
+        if self.counted.samples_running:
+            raise RuntimeError(f"{self.counted.samples_running} requests are still being computed")
 
     async def _sample(self, prompt: list[int], index: int, how: Sampling, send: Callable[[Sample], None]) -> None:
         tokens: list[int] = []
@@ -177,7 +157,7 @@ class EngineServer:
         while True:
             while not self.gate.is_set():  # it may close again before we run
                 await self.gate.wait()
-            output = await self._complete(prompt + tokens, self._params(how, len(tokens)))
+            output = await self._complete(prompt + tokens, _sampling_params(how, len(tokens), self.stop_token_ids))
             part, start = output.outputs[0], len(tokens)
             tokens += part.token_ids
             logprobs += part.logprobs.logprobs
@@ -189,24 +169,6 @@ class EngineServer:
         self.counted.tokens_generated += len(tokens)
         ids, behavior = np.asarray(tokens, "<i4").tobytes(), np.asarray(logprobs, "<f4").tobytes()
         send(Sample(index, ids, behavior, part.finish_reason, tuple(spans)))
-
-    def _params(self, how: Sampling, done: int) -> Any:
-        """vLLM's parameters for a sample of which `done` tokens are there already."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        return SamplingParams(
-            temperature=how.temperature,
-            top_p=how.top_p,
-            top_k=how.top_k,
-            max_tokens=how.max_new_tokens - done,
-            stop_token_ids=[] if how.ignore_stops else list(how.stop_token_ids or self.stop_token_ids),
-            ignore_eos=True,
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
 
     async def _complete(self, token_ids: list[int], params: Any) -> Any:
         await self.wake(["kv_cache"])  # a version is attested before the scheduler wakes the cache
@@ -224,68 +186,6 @@ class EngineServer:
                 self.idle.set()
         return output
 
-    async def _carry_out(self, request: UpdateRequest) -> None:
-        match request:
-            case Init():
-                await self._init(request)
-            case Start(version):
-                await self._start(version)
-            case Bucket():
-                await self._bucket(request)
-            case Finish():
-                await self._finish()
-            case Attest(accepted):
-                if accepted:
-                    self.weights.refuse_unless("unattested")
-                self.weights.state = "complete" if accepted else "incomplete"
-            case Inspect():
-                pass
-
-    async def _init(self, request: Init) -> None:
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
-
-        await self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=_fields(request)))
-
-    async def _start(self, version: int) -> None:
-        if self.gate.is_set():
-            raise RuntimeError("weights can change only while generation is paused: call pause first")
-        if "weights" in self.asleep:
-            raise RuntimeError("the weights' memory was given back: call wake first")
-        if version <= self.weights.arriving:
-            raise ValueError(f"version {version} after {self.weights.arriving}: versions only grow")
-        if self.counted.samples_running:
-            raise RuntimeError(f"{self.counted.samples_running} requests are still being computed")
-        await self.llm.reset_prefix_cache()
-        await self.llm.collective_rpc("abandon_weight_update")
-        self.weights.state, self.weights.arriving = "incomplete", version
-        await self.llm.start_weight_update()
-
-    async def _bucket(self, request: Bucket) -> None:
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
-        await self.llm.update_weights(WeightTransferUpdateRequest(update_info=_fields(request)))
-
-    async def _finish(self) -> None:
-        if self.weights.state != "incomplete":
-            raise RuntimeError(f"finish without start: weights are {self.weights.state}")
-        await self.llm.finish_weight_update(str(self.weights.arriving))
-        blocks = await self.llm.engine_core.call_utility_async("oapl_cached_blocks")
-        if blocks:
-            raise CachedBlocksError(blocks)
-        self.weights.state, self.weights.version = "unattested", self.weights.arriving
-
-
-class CachedBlocksError(RuntimeError):
-    """KV of an earlier version is still there. refused: for UpdateReply."""
-
-    def __init__(self, blocks: int) -> None:
-        super().__init__(f"prefix cache: {blocks} blocks of the version before are still there")
-        self.refused = {
-            "parameter": "prefix cache",
-            "expected": "no blocks of the version before",
-            "found": f"{blocks} of them",
-        }
-
 
 def extend_spans(spans: list[tuple[int, int, int]], version: int, start: int, end: int) -> None:
     """Add [start, end) of a version, joined to the last span where the version is the same."""
@@ -294,7 +194,20 @@ def extend_spans(spans: list[tuple[int, int, int]], version: int, start: int, en
     spans.append((version, start, end))
 
 
-def _fields(request: UpdateRequest) -> dict[str, Any]:
-    """A request's fields as plain data, without its tag."""
-    fields: dict[str, Any] = msgspec.to_builtins(request)
-    return {name: value for name, value in fields.items() if name != "type"}
+def _sampling_params(how: Sampling, done: int, stop_token_ids: tuple[int, ...]) -> Any:
+    """vLLM's parameters for a sample of which `done` tokens are there already."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=how.temperature,
+        top_p=how.top_p,
+        top_k=how.top_k,
+        max_tokens=how.max_new_tokens - done,
+        stop_token_ids=[] if how.ignore_stops else list(how.stop_token_ids or stop_token_ids),
+        ignore_eos=True,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )

@@ -2,20 +2,18 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
-import numpy as np
 import torch
-from oapl_kernels.weight_pack import checksum_all, combine_checksums
 
 from oapl_engine.config import resolve_train_config
 from oapl_engine.errors import ConfigError
 from oapl_engine.orchestrator.offline import import_rollouts
 from oapl_engine.orchestrator.recompute import recompute_behavior
 from oapl_engine.orchestrator.run import Run
+from oapl_engine.orchestrator.step_record import metrics_row, record_done, record_dropped
 from oapl_engine.report.metrics import MetricsWriter
-from oapl_engine.rollout_log.ledger import COLUMNS, Ledger
-from oapl_engine.samples import Group
+from oapl_engine.rollout_log.ledger import Ledger
 from oapl_engine.scheduler import events as e
 from oapl_engine.scheduler.driver import Handler
 from oapl_engine.trainer import checkpoint
@@ -111,9 +109,9 @@ class Learner:
             )
             result = self._optimize(command.step, selection)
         run.step = command.step
-        self._record_dropped(selection, result)
-        self._record_done(command, selection, result)
-        row = self._row(groups, selection, result)
+        record_dropped(run, selection, result)
+        record_done(run, self.policy, command, selection, result)
+        row = metrics_row(run, self.ledger, groups, selection, result)
         if self.metrics:
             run.display.show_step(self.metrics.write(row))
         log_ratio = result.metrics["log_ratio/mean"] if result and result.stepped else None
@@ -173,54 +171,3 @@ class Learner:
             self.reference = load_policy(self.run.model, resolve_train_config(self.run.recipe))
             self.reference.model.requires_grad_(False)
         return self.reference
-
-    def _record_dropped(self, selection: StepSelection, result: StepResult | None) -> None:
-        dropped = dict(selection.dropped)
-        if result and not result.stepped:
-            dropped |= dict.fromkeys(selection.keys, "nonfinite")
-            self.run.display.say(f"step {self.run.step} skipped: {result.reason}")
-        self.run.journal.dispose({key: f"dropped:{rule}" for key, rule in dropped.items()})
-
-    def _record_done(self, command: e.Train, selection: StepSelection, result: StepResult | None) -> None:
-        """The step is done; a replayed one must give the weights that it gave before."""
-        used = list(selection.keys) if result and result.stepped else []
-        weights = [parameter.detach().contiguous() for parameter in self.policy.trainable().values()]
-        found = combine_checksums(checksum_all(weights))
-        before = self.run.journal.done(command.step, self.run.version, command.keys, used, found)
-        if before != found:
-            self.run.display.say(
-                f"step {command.step}, replayed, gave weights {found} where it gave {before} before: another "
-                "instruction set, number of threads or version of a library; the run continues with the new ones"
-            )
-
-    def _row(self, groups: list[Group], selection: StepSelection, result: StepResult | None) -> dict[str, Any]:
-        """The step's row of metrics.jsonl. Collective."""
-        run = self.run
-        step_of_version = dict(run.journal.versions())
-        lags = [run.step - 1 - step_of_version.get(group.version, 0) for group in groups]
-        return {
-            **selection.metrics,
-            **(result.metrics if result else {}),
-            **run.publish_metrics,
-            **run.stopwatch.take(),
-            **self._token_metrics(),
-            "step": run.step,
-            "policy_version": run.version,
-            "off_policy/min": min(lags),
-            "off_policy/mean": float(np.mean(lags)),
-            "off_policy/max": max(lags),
-            "optim/lr": learning_rate(run.recipe.optimizer, run.step - 1, run.recipe.schedule.steps),
-        }
-
-    def _token_metrics(self) -> dict[str, Any]:
-        """The ledger and what it adds up to, over all ranks. Collective."""
-        own_tokens = self.run.journal.engine_tokens()
-        ledgers, engine_tokens, generated = zip(
-            *self.run.ranks.gather([self.ledger.read(own_tokens), own_tokens, self.ledger.generated()]), strict=True
-        )
-        columns = dict.fromkeys([*COLUMNS, *(column for ledger in ledgers for column in ledger)], 0)
-        return {
-            "ledger": {column: sum(ledger.get(column, 0) for ledger in ledgers) for column in columns},
-            "tokens/engine": None if own_tokens is None else sum(engine_tokens),
-            "tokens/generated": sum(generated),
-        }

@@ -17,7 +17,6 @@ from oapl_engine.data.sources import check_source
 from oapl_engine.distributed import Ranks
 from oapl_engine.errors import ConfigError
 from oapl_engine.report.display import Display
-from oapl_engine.report.stopwatch import Stopwatch
 from oapl_engine.rewards.verdict import check_verifier
 from oapl_engine.rollout.session import EngineSession
 from oapl_engine.rollout_log.journal import Journal
@@ -25,6 +24,7 @@ from oapl_engine.rollout_log.log import RolloutLog
 from oapl_engine.samples import Group
 from oapl_engine.scheduler import events as e
 from oapl_engine.scheduler.driver import Handler
+from oapl_engine.stopwatch import Stopwatch
 from oapl_engine.trainer.objective import make_objective
 from oapl_engine.weights.transports import check_transport
 

@@ -1,16 +1,14 @@
 """Publisher: one version of the trainer's weights into one live engine, complete and attested before it serves."""
 
-import contextlib
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from oapl_kernels.weight_pack import combine_checksums, pack_all
+from oapl_kernels.weight_pack import combine_checksums
 
+from oapl_engine.stopwatch import Stopwatch
 from oapl_engine.weights.attest import (
     LogprobGap,
     Logprobs,
@@ -20,11 +18,9 @@ from oapl_engine.weights.attest import (
     check_probes,
     check_staleness,
 )
-from oapl_engine.weights.bucket_layout import BucketLayout, NamedTensors, flat_slice, join_gathers, lay_out, skip_tied
+from oapl_engine.weights.bucket_layout import BucketLayout, NamedTensors, join_gathers, lay_out
 from oapl_engine.weights.control import (
     Attest,
-    Bucket,
-    BucketSlice,
     EngineControl,
     Finish,
     Init,
@@ -33,9 +29,8 @@ from oapl_engine.weights.control import (
     UpdateReply,
     UpdateRequest,
 )
+from oapl_engine.weights.send import send_version
 from oapl_engine.weights.transports import Buckets, make_buckets
-
-FilledSlice = tuple[BucketSlice, torch.Tensor]  # and its elements, flat
 
 
 @dataclass(frozen=True)
@@ -96,7 +91,6 @@ class Publisher:
         self.buckets: Buckets | None = None
         self._make_buckets = make_buckets
         self._before: tuple[list[Logprobs], list[Logprobs]] | None = None
-        self._sender = ThreadPoolExecutor(1, thread_name_prefix="publish")
 
     def publish(self, version: int) -> PublishReport:
         """Send and attest. The engine must be paused; it may be resumed when this returns.
@@ -104,20 +98,20 @@ class Publisher:
         Raises WeightMismatchError (the engine then serves nothing until a complete later version is published) and what
         `control` raises.
         """
-        clock = _Clock()
-        with clock("total"):
+        clock = Stopwatch()
+        with clock.measure("total"):
             if self.buckets is None:
                 self.layout = lay_out(self.named_tensors(), self.dtype, self.bucket_bytes)
             buckets = self._prepare(version, clock)
             try:
-                with clock("transfer"):
-                    expected = self._send(buckets, clock)
-                with clock("finish"):
+                with clock.measure("transfer"):
+                    expected = send_version(self.layout, self.named_tensors, self.dtype, buckets, self._update, clock)
+                with clock.measure("finish"):
                     reports = self._update(Finish()).reports
             except BaseException:
-                self._detach()  # a transport may be stuck in the middle, and the engine's plan may be what is wrong
+                self.close()  # a transport may be stuck in the middle, and the engine's plan may be what is wrong
                 raise
-            with clock("attest"):
+            with clock.measure("attest"):
                 gap = self._attest(expected, reports)
         for phase in reports[0]["seconds"]:
             clock.seconds[phase] = max(report["seconds"][phase] for report in reports)
@@ -132,17 +126,19 @@ class Publisher:
 
     def engine_restarted(self) -> None:
         """The engine is a new process: record the plan and attach new buckets at the next publish."""
-        self._detach()
+        self.close()
         self._before = None
 
     def close(self) -> None:
-        self._sender.shutdown()
-        self._detach()
+        """Leave the buckets; a later publish makes new ones."""
+        if self.buckets is not None:
+            self.buckets.close()
+        self.buckets = None
 
-    def _prepare(self, version: int, clock: "_Clock") -> Buckets:
+    def _prepare(self, version: int, clock: Stopwatch) -> Buckets:
         """An engine that is attached and waits for the first bucket of a version."""
         try:
-            with clock("init"):
+            with clock.measure("init"):
                 buckets = self.buckets or self._attach()
             self._update(Start(version))
         except Exception:
@@ -176,86 +172,6 @@ class Publisher:
         self.buckets = buckets
         return buckets
 
-    def _detach(self) -> None:
-        if self.buckets is not None:
-            self.buckets.close()
-        self.buckets = None
-
-    def _send(self, buckets: Buckets, clock: "_Clock") -> dict[str, int]:
-        """Pack a bucket while the engine takes the one before. Returns checksums by label.
-
-        After a failure the gathers continue, without sending: other ranks of a sharded trainer wait in them.
-        """
-        expected: dict[str, int] = {}
-        under_way: deque[Future[Any]] = deque()
-        failure: Exception | None = None
-        try:
-            for slices in self._gathered():
-                try:
-                    if failure is None:
-                        expected |= self._send_bucket(buckets, slices, under_way, clock)
-                except Exception as error:
-                    failure = error
-        finally:
-            wait(under_way)  # after a failure too: no bucket of this version may reach the engine later
-        if failure is not None:
-            raise failure
-        for future in under_way:
-            future.result()
-        return expected
-
-    def _send_bucket(
-        self, buckets: Buckets, slices: list[FilledSlice], under_way: deque[Future[Any]], clock: "_Clock"
-    ) -> dict[str, int]:
-        """Checksums by label of a bucket that was filled and announced; at most two are under way."""
-        if len(under_way) == 2:
-            under_way.popleft().result()
-        last, _ = slices[-1]
-        index = last.bucket % len(buckets.views)
-        buckets.wait(index)
-        with clock("pack"):
-            checksums = self._pack(buckets.views[index], slices)
-        length = last.offset + last.length * self.dtype.itemsize
-        buckets.send(index, length)
-        under_way.append(self._sender.submit(self._update, Bucket(last.bucket, length, checksums)))
-        return checksums
-
-    def _gathered(self) -> Iterator[list[FilledSlice]]:
-        """Slices with their elements, bucket by bucket. WeightMismatchError if a tensor is missing, new or reshaped."""
-        offered = skip_tied(self.named_tensors())
-        name, tensor = "", torch.empty(0)
-        for slices in self.layout.buckets():
-            bucket = []
-            for part in slices:
-                if part.name != name:
-                    name, tensor = self._next(offered, part.name)
-                bucket.append((part, flat_slice(tensor, part.start, part.length)))
-            yield bucket
-        for name, tensor in offered:
-            raise WeightMismatchError(name, "no tensor of this name", f"one of shape {list(tensor.shape)}")
-
-    def _next(self, offered: Iterator[tuple[str, torch.Tensor]], expected: str) -> tuple[str, torch.Tensor]:
-        shape = list(self.layout.shapes[expected])
-        name, tensor = next(offered, ("nothing", torch.empty(0)))
-        if name != expected:
-            raise WeightMismatchError(expected, f"a tensor of shape {shape}", f"{name} in its place")
-        if list(tensor.shape) != shape:
-            raise WeightMismatchError(name, f"shape {shape}", f"shape {list(tensor.shape)}")
-        return name, tensor
-
-    def _pack(self, view: torch.Tensor, slices: list[FilledSlice]) -> dict[str, int]:
-        """Cast (round to nearest even) into the bucket. Returns checksums by label. Refuses what is not finite."""
-        size = self.dtype.itemsize
-        places = [view[part.offset : part.offset + part.length * size].view(self.dtype) for part, _ in slices]
-        digests = pack_all([source.to(view.device) for _, source in slices], places)
-        values = digests.cpu().to(torch.int64) & 0xFFFFFFFF  # waits for the device
-        checksums = {}
-        for (part, _), (low, high, nonfinite) in zip(slices, values.tolist(), strict=True):
-            if nonfinite:
-                raise WeightMismatchError(part.name, f"finite values of {self.dtype}", f"{nonfinite} that are not")
-            checksums[part.label] = low | high << 32
-        return checksums
-
     def _attest(self, expected: dict[str, int], reports: list[dict[str, Any]]) -> LogprobGap | None:
         try:
             check_checksums(expected, reports)
@@ -267,19 +183,12 @@ class Publisher:
         return gap
 
     def _check_probes(self, probes: ProbePrompts, reports: list[dict[str, Any]]) -> LogprobGap:
-        scores = self._sender.submit(self._score, probes.token_ids)
-        with _half_of_the_cores():
-            trainer = probes.trainer_logprobs(probes.token_ids)
-        engine = scores.result()
+        engine, trainer = _score_probes(probes, self.control)
         if any(report["changed"] for report in reports):  # small steps of float32 may round away in bfloat16
             check_staleness(probes.tolerance, engine, trainer, self._before)
         gap = check_probes(probes.tolerance, engine, trainer)
         self._before = engine, trainer
         return gap
-
-    def _score(self, prompts: Sequence[Sequence[int]]) -> list[Logprobs]:
-        """One after another: what is batched together may round differently from publish to publish."""
-        return [self.control.score(list(token_ids)) for token_ids in prompts]
 
 
 def publish_paused(publisher: Publisher, version: int, mode: str = "drain") -> PublishReport:
@@ -297,27 +206,18 @@ def publish_paused(publisher: Publisher, version: int, mode: str = "drain") -> P
     return report
 
 
-@contextlib.contextmanager
-def _half_of_the_cores() -> Iterator[None]:
-    """The engine scores meanwhile, and two full teams of threads on the same cores wait for each other at barriers."""
+def _score_probes(probes: ProbePrompts, control: EngineControl) -> tuple[list[Logprobs], list[Logprobs]]:
+    """Log-probs of the engine and of the trainer, computed at the same time.
+
+    The engine scores one prompt after another: what is batched together may round differently from publish to publish.
+    """
     threads = torch.get_num_threads()
-    torch.set_num_threads(-(-threads // 2))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-class _Clock:
-    """Seconds by name; the same name adds up."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
+    with ThreadPoolExecutor(1, thread_name_prefix="score") as pool:
+        engine = pool.submit(lambda: [control.score(list(token_ids)) for token_ids in probes.token_ids])
+        # Two full teams of threads on the same cores wait for each other at barriers.
+        torch.set_num_threads(-(-threads // 2))
         try:
-            yield
+            trainer = probes.trainer_logprobs(probes.token_ids)
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+            torch.set_num_threads(threads)
+        return engine.result(), trainer

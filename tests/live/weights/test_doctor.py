@@ -8,7 +8,7 @@ import torch
 from oapl_engine import doctor
 
 
-@pytest.mark.parametrize(("folder", "words"), [("nowhere", "nowhere is no folder"), ("empty", "config.json")])
+@pytest.mark.parametrize(("folder", "words"), [("nowhere", "nowhere is not a folder"), ("empty", "config.json")])
 def test_a_folder_without_a_model_is_bad_input(refused, tmp_path, folder, words):
     (tmp_path / "empty").mkdir()
     refused(words, "doctor", "--weights", tmp_path / folder)

@@ -46,14 +46,17 @@ def make_checkpoint(kind, more, folder, seed):
 
 
 def answers(options, log, vocabulary, update=None):
-    """Checksums of the parameters by rank and name, greedy tokens, and what update(control) returned."""
+    """Checksums of the parameters by rank and name, greedy tokens, and what update(control) returned.
+
+    One prompt after another: which prompts share a batch depends on when they arrive, and bfloat16 rounds otherwise.
+    """
     with EngineSession(options, log) as session:
         report = update(session.control) if update else None
         checksums = session.control.update(Inspect()).reports
         rng = np.random.default_rng(0)
         prompts = [Prompt(str(i), rng.integers(2, vocabulary, 40).astype(np.int32), "") for i in range(8)]
         how = Sampling(temperature=0, max_new_tokens=24, ignore_stops=True)
-        tokens = [group[0].token_ids for group in session.generate(prompts, 1, how)]
+        tokens = [session.generate([prompt], 1, how)[0][0].token_ids for prompt in prompts]
     return checksums, tokens, report
 
 

@@ -40,7 +40,7 @@ def watch(seen):
         return found
 
     layout.flat_slice = counted
-    sys.modules["oapl_engine.weights.publish"].flat_slice = counted
+    sys.modules["oapl_engine.weights.send"].flat_slice = counted
 
 
 def main():

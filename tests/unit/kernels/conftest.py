@@ -1,6 +1,6 @@
 import pytest
 import torch
-from oapl_kernels import scratch
+from oapl_kernels import testing
 from oapl_kernels.backend import extension
 
 
@@ -14,9 +14,9 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
-def poisoned_scratch(monkeypatch):
-    """Scratch starts as NaN: whatever is read before it is written shows in the results."""
-    monkeypatch.setattr(scratch, "POISON", True)
+def poisoned_workspace(monkeypatch):
+    """Workspace starts as NaN: a read before a write shows in the results."""
+    monkeypatch.setattr(testing, "POISON", True)
 
 
 @pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])

@@ -41,20 +41,6 @@ def test_large_beta1_keeps_its_digits_where_the_plain_formula_loses_them():
     assert abs(float(plain) - 0.25) > 0.1
 
 
-@settings(max_examples=50, deadline=None)
-@given(rewards=st.lists(st.floats(-3, 3), min_size=1, max_size=8), keep=st.integers(0, 255))
-def test_rollouts_that_were_not_scored_change_nothing(rewards, keep):
-    valid = torch.tensor([bool(keep >> index & 1) for index in range(len(rewards))])
-    reward = torch.tensor(rewards)
-    poisoned = torch.where(valid, reward, torch.nan)
-    cu_groups = torch.tensor([0, len(rewards)])
-    found = group_advantage(poisoned, cu_groups, 0.7, valid)
-    assert (found[~valid] == 0).all()
-    if valid.any():
-        alone = group_advantage(reward[valid], torch.tensor([0, int(valid.sum())]), 0.7)
-        torch.testing.assert_close(found[valid], alone)
-
-
 def test_grpo_advantage_has_mean_zero_and_deviation_one():
     advantage = grpo_advantage(torch.tensor([1.0, 0, 0, 1, 3, 5, 5, 5]), torch.tensor([0, 4, 8]))
     for group in advantage.split(4):

@@ -2,8 +2,8 @@ import pytest
 import torch
 from oapl_kernels import Objective, linear_logprob
 from oapl_kernels.objectives import oapl
+from oapl_kernels.testing import Products
 
-from benchmarks.kernels import Products
 from tests.support.head_reference import CPU, ODD, compare, make_case, odd_case, through_logprob
 
 WEIGHTED = Objective("weighted", "token", lambda lp, i: (lp * i.behavior_logprob * i.mask).sum())

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oapl_kernels import Objective, PolicyInputs, fused_policy_loss, head, matmul, oapl_loss
+from oapl_kernels import Objective, PolicyInputs, fused_policy_loss, head, matmul, oapl_loss, single_pass
 from oapl_kernels.objectives import OBJECTIVES, grpo, gspo, oapl, tis, with_reference_kl
+from oapl_kernels.testing import Products
 
-from benchmarks.kernels import Products
 from tests.support.head_reference import (
     CPU,
     ODD,
@@ -92,9 +92,7 @@ def test_the_claim_fails_with_bf16_logits(monkeypatch):
 
 def test_a_sequence_cut_by_a_chunk_without_deferring_would_be_caught(monkeypatch):
     """Treat the pieces of a long sequence as if they were sequences of their own: the comparison must notice."""
-    from oapl_kernels import policy_loss
-
-    monkeypatch.setattr(policy_loss._SinglePass, "_sequence_piece", policy_loss._SinglePass._known)
+    monkeypatch.setattr(single_pass.SinglePass, "_long_sequence", single_pass.SinglePass._long_token)
     with pytest.raises(AssertionError, match="torch's own"):
         compare(oapl(0.05), LENGTHS["long"], torch.float32)
 
@@ -102,16 +100,14 @@ def test_a_sequence_cut_by_a_chunk_without_deferring_would_be_caught(monkeypatch
 @pytest.mark.parametrize("length", [40, 200])
 def test_a_deferred_sequence_waits_as_rows_or_as_one_accumulator(length, monkeypatch):
     """fp32 rows are cheaper up to D tokens; both forms give the gradient of the undivided sequence."""
-    from oapl_kernels import policy_loss
-
     made = []
-    start = policy_loss._Deferred.__init__
+    start = single_pass.UnscaledGradient.__init__
 
     def record(self, *arguments):
         start(self, *arguments)
         made.append("rows" if self.rows is not None else "sums")
 
-    monkeypatch.setattr(policy_loss._Deferred, "__init__", record)
+    monkeypatch.setattr(single_pass.UnscaledGradient, "__init__", record)
     case = make_case(oapl(0.05), [4, length, 7], 0, torch.float64, depth=64)
     deferred, whole = fused(case, chunk_tokens=16, backend="torch"), fused(case, chunk_tokens=999, backend="torch")
     assert made == ["rows" if length <= 64 else "sums"]
@@ -199,6 +195,17 @@ def call(case, **options):
     hidden = keywords.pop("hidden", case.hidden)
     weight = keywords.pop("weight", case.weight)
     return fused_policy_loss(hidden, weight, case.target, case.cu_seqlens, case.objective, case.inputs, **keywords)
+
+
+def test_weight_grad_leaves_the_gradient_of_the_bias_alone():
+    """The bias has no sums of the caller's: its gradient starts at zero."""
+    case = make_case(oapl(0.05), LENGTHS["long"], 0, torch.float32)
+    found = []
+    for weight_grad in (None, torch.ones(case.weight.shape)):
+        bias = case.bias.clone().requires_grad_()
+        call(case, weight=case.weight.clone().requires_grad_(), bias=bias, weight_grad=weight_grad).loss.backward()
+        found.append(bias.grad)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS["whole"], LENGTHS["long"]], ids=["whole", "long"])

@@ -11,7 +11,7 @@ from oapl_engine.report.display import Display
 from oapl_engine.report.figure import plot_run
 from oapl_engine.report.gantt import merged, plot_gantt, work_spans
 from oapl_engine.report.metrics import METRICS, MetricsWriter, read_metrics
-from oapl_engine.report.stopwatch import Stopwatch
+from oapl_engine.stopwatch import Stopwatch
 
 
 def test_every_key_is_written_and_nan_becomes_null(tmp_path):

@@ -1,16 +1,15 @@
-"""Scratch memory, all of it taken here so that tests can poison it."""
+"""Workspace memory, all of it allocated here so that tests can poison it."""
 
 import torch
 from torch import Tensor
 
-# Tests set this: scratch then starts as NaN, and a read before a write shows in every result.
-POISON = False
+from . import testing
 
 
-def scratch(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def workspace(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised memory of this shape."""
     buffer = torch.empty(shape, dtype=dtype, device=device)
-    return buffer.fill_(float("nan")) if POISON else buffer
+    return buffer.fill_(float("nan")) if testing.POISON else buffer
 
 
 def cast_in_place(source: Tensor, dtype: torch.dtype) -> Tensor:
