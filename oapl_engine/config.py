@@ -17,7 +17,7 @@ from oapl_engine.schedule_config import ScheduleConfig
 
 @dataclass(frozen=True, config=STRICT)
 class RunConfig:
-    """Where a run lives and what makes it repeatable."""
+    """Directory of a run, and what makes the run repeatable."""
 
     dir: str = setting("", 'run directory; the same command again resumes it. Empty: "runs/" + recipe name')
     seed: int = setting(0, "seed of data order, sampling and initial state", ge=0, lt=2**31)
@@ -71,7 +71,7 @@ class RewardConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class SamplingConfig:
-    """How responses are drawn. Off-policy training wants the whole distribution: top_p = 1, top_k off."""
+    """How responses are drawn. Off-policy training needs the complete distribution: top_p = 1, top_k off."""
 
     temperature: float = setting(1.0, "softmax temperature, also of the loss", gt=0)
     top_p: float = setting(1.0, "nucleus mass; 1: off", gt=0, le=1)

@@ -1,4 +1,4 @@
-"""Reads a recipe: TOML, `--section.field value` over it, a frozen dataclass out of it. Knows no section by name.
+"""Reads a recipe: TOML, `--section.field value` over it, a frozen dataclass out of it. No section is named here.
 
 A section may have a class variable MOVED: names of fields that it once had, and what to write instead.
 """

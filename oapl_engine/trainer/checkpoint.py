@@ -1,8 +1,8 @@
-"""Checkpoints: a Hugging Face folder plus optimizer, RNG and what the run adds; whole and verified, or not there.
+"""Checkpoints: a Hugging Face folder plus optimizer, RNG and what the run adds; complete and verified, or not there.
 
 Written to a temporary folder, every file hashed and fsynced, the manifest last, then renamed: a kill at any moment
 leaves the earlier checkpoints as they were. A damaged file is named and never used. No pickle: safetensors and JSON.
-What is not the model lies in the subfolder `trainer`, because vLLM loads every *.safetensors beside config.json.
+What is not the model is in the subfolder `trainer`, because vLLM loads every *.safetensors beside config.json.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ def save(
     """Write directory/step_NNNNNN and delete all but the `keep` newest; `extra` must be JSON.
 
     Never overwrites: the same weights already there are left as they are, a damaged folder is moved aside, anything
-    else raises CheckpointError, as do a full disk and missing permission; earlier checkpoints stay whole.
+    else raises CheckpointError, as do a full disk and missing permission; earlier checkpoints stay complete.
     """
     target = directory / f"step_{step:06d}"
     digest = weight_hash(policy.model)
@@ -83,7 +83,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"checkpoint {target} cannot be written: {error}; free disk space or set run.dir to another disk (earlier "
-            "checkpoints are whole)"
+            "checkpoints are complete)"
         ) from error
     for old in _folders(directory)[keep:]:
         # renamed first: a kill in the middle must not leave half a checkpoint under its name

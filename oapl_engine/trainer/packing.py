@@ -42,8 +42,8 @@ def _split(group: TrainGroup, token_budget: int, share_prompts: bool) -> list[Tr
     _check(group, share_prompts)
     cuts = [0]
     for i in range(1, len(group.rollouts)):
-        whole = TrainGroup(group.rollouts[cuts[-1] : i + 1], group.advantage)
-        if not share_prompts or _row_count(whole, True) > token_budget:
+        together = TrainGroup(group.rollouts[cuts[-1] : i + 1], group.advantage)
+        if not share_prompts or _row_count(together, True) > token_budget:
             cuts.append(i)
     ends = [*cuts[1:], len(group.rollouts)]
     return [TrainGroup(group.rollouts[a:b], group.advantage[a:b]) for a, b in zip(cuts, ends, strict=True)]
@@ -69,7 +69,7 @@ def _last_scored(rollout: Rollout) -> int:
 
 
 def _prefix(part: TrainGroup, share_prompts: bool) -> int:
-    # A response on its own shares with nobody: its prompt stays in its own rows, one attention call instead of two.
+    # A response on its own shares nothing: its prompt stays in its own rows, one attention call instead of two.
     return part.rollouts[0].prompt_length - 1 if share_prompts and len(part.rollouts) > 1 else 0
 
 
