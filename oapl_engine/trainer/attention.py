@@ -72,11 +72,13 @@ def plan_attention(spans: Sequence[PromptSpan], device: torch.device, kernel: st
     queries = torch.tensor([rows for _, rows, _ in segments])
     keys = torch.tensor([rows + prefix[1] for _, rows, prefix in segments])
     shared = any(prefix[1] for _, _, prefix in segments)
+    ranges = [(a, n) for start, rows, prefix in segments for a, n in (prefix, (start, rows)) if n]
+    gather = torch.cat([torch.arange(a, a + n) for a, n in ranges])
     return AttentionPlan(
         pieces=tuple(_pieces(spans)),
         device=device,
         kernel=kernel,
-        gather=_gather(segments).to(device) if shared else None,
+        gather=gather.to(device) if shared else None,
         cu_query=F.pad(queries.cumsum(0), (1, 0)).to(device, torch.int32),
         cu_key=F.pad(keys.cumsum(0), (1, 0)).to(device, torch.int32),
         max_query=int(queries.max()),
@@ -91,11 +93,6 @@ def _segments(span: PromptSpan) -> list[Segment]:
     prefix = (span.start, span.length)
     own: list[Segment] = [(span.start, span.length, (0, 0))] if span.length else []
     return own + [(start, rows, prefix) for start, rows in span.responses]
-
-
-def _gather(segments: Sequence[Segment]) -> Tensor:
-    ranges = [(a, n) for start, rows, prefix in segments for a, n in (prefix, (start, rows)) if n]
-    return torch.cat([torch.arange(a, a + n) for a, n in ranges])
 
 
 def _pieces(spans: Sequence[PromptSpan]) -> list[SdpaCall]:

@@ -74,7 +74,12 @@ def _refused(path: str, why: str) -> ConfigError:
 
 def _load_network(model: config.ModelConfig) -> PreTrainedModel:
     path = model.path
-    settings = _load_config(path)
+    if Path(path).is_dir() and not Path(path, "config.json").exists():
+        raise _refused(path, " has no config.json: name a folder in Hugging Face layout")
+    try:
+        settings = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise _refused(path, f" cannot be loaded: {error}") from error
     _check_architecture(settings, path)
     _check_files(Path(path))
     try:
@@ -92,16 +97,6 @@ def _load_network(model: config.ModelConfig) -> PreTrainedModel:
         # Memory mapped from a file is aligned at random, and a matmul's last bits depend on alignment.
         parameter.data = parameter.data.clone()
     return network
-
-
-def _load_config(path: str) -> Any:
-    local = Path(path)
-    if local.is_dir() and not (local / "config.json").exists():
-        raise _refused(path, " has no config.json: name a folder in Hugging Face layout")
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise _refused(path, f" cannot be loaded: {error}") from error
 
 
 def _check_architecture(settings: Any, path: str) -> None:

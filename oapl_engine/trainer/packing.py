@@ -56,12 +56,10 @@ def _check(group: TrainGroup, share_prompts: bool) -> None:
             raise ValueError(f"rollout {rollout.key} has an empty prompt: nothing predicts its first token")
         if not rollout.loss_mask[rollout.prompt_length :].any():
             raise ValueError(f"rollout {rollout.key} has no scored token: leave it out of the step")
-        if share_prompts and not np.array_equal(_prompt(rollout), _prompt(first)):
+        if share_prompts and not np.array_equal(
+            rollout.token_ids[: rollout.prompt_length], first.token_ids[: first.prompt_length]
+        ):
             raise ValueError(f"rollouts {first.key} and {rollout.key} are one group but their prompts differ")
-
-
-def _prompt(rollout: Rollout) -> NDArray[np.int32]:
-    return rollout.token_ids[: rollout.prompt_length]
 
 
 def _last_scored(rollout: Rollout) -> int:
@@ -81,12 +79,11 @@ def _row_count(part: TrainGroup, share_prompts: bool) -> int:
 def _balance(sizes: Sequence[int], budget: int) -> list[list[int]]:
     """Indices of `sizes` in as few bins as the budget allows."""
     count = max(1, math.ceil(sum(sizes) / budget))
-    while sizes:
+    while True:
         bins = balance(sizes, count)
         if all(len(chosen) == 1 or sum(sizes[i] for i in chosen) <= budget for chosen in bins):
             return sorted(chosen for chosen in bins if chosen)
         count += 1
-    return []
 
 
 def balance(sizes: Sequence[int], bins: int) -> list[list[int]]:
@@ -108,12 +105,18 @@ def share_groups(groups: Sequence[TrainGroup], ranks: Ranks) -> list[TrainGroup]
 
 def _batch(parts: Sequence[TrainGroup], share_prompts: bool) -> Batch:
     pieces: list[tuple[NDArray, ...]] = []
-    spans, start = [], 0
+    spans, row = [], 0
     for part in parts:
-        span, rows = _lay_out(part, _prefix(part, share_prompts), start)
-        spans.append(span)
-        pieces.extend(rows)
-        start += sum(len(piece[0]) for piece in rows)
+        start, prefix, responses = row, _prefix(part, share_prompts), []
+        if prefix:
+            pieces.append(_rows(part.rollouts[0], 0, prefix))
+        row += prefix
+        for rollout in part.rollouts:
+            end = _last_scored(rollout)
+            pieces.append(_rows(rollout, prefix, end))
+            responses.append((row, end - prefix))
+            row += end - prefix
+        spans.append(PromptSpan(start, prefix, tuple(responses)))
     token_ids, positions, target, behavior = (np.concatenate(column) for column in zip(*pieces, strict=True))
     rollouts = [r for part in parts for r in part.rollouts]
     return Batch(
@@ -127,18 +130,6 @@ def _batch(parts: Sequence[TrainGroup], share_prompts: bool) -> Batch:
         advantage=np.concatenate([part.advantage for part in parts]).astype(np.float32),
         keys=tuple(r.key for r in rollouts),
     )
-
-
-def _lay_out(part: TrainGroup, prefix: int, start: int) -> tuple[PromptSpan, list[tuple[NDArray, ...]]]:
-    first = part.rollouts[0]
-    pieces = [_rows(first, 0, prefix)] if prefix else []
-    responses, row = [], start + prefix
-    for rollout in part.rollouts:
-        end = _last_scored(rollout)
-        pieces.append(_rows(rollout, prefix, end))
-        responses.append((row, end - prefix))
-        row += end - prefix
-    return PromptSpan(start, prefix, tuple(responses)), pieces
 
 
 def _rows(rollout: Rollout, first: int, end: int) -> tuple[NDArray, ...]:
