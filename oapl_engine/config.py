@@ -5,7 +5,6 @@
 """
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +17,7 @@ from oapl_engine.schedule_config import ScheduleConfig
 
 @dataclass(frozen=True, config=STRICT)
 class RunConfig:
-    """Where a run lives and what makes it repeatable."""
+    """Directory of a run, and what makes the run repeatable."""
 
     dir: str = setting("", 'run directory; the same command again resumes it. Empty: "runs/" + recipe name')
     seed: int = setting(0, "seed of data order, sampling and initial state", ge=0, lt=2**31)
@@ -72,7 +71,7 @@ class RewardConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class SamplingConfig:
-    """How responses are drawn. Off-policy training wants the whole distribution: top_p = 1, top_k off."""
+    """How responses are drawn. Off-policy training needs the complete distribution: top_p = 1, top_k off."""
 
     temperature: float = setting(1.0, "softmax temperature, also of the loss", gt=0)
     top_p: float = setting(1.0, "nucleus mass; 1: off", gt=0, le=1)
@@ -222,80 +221,77 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def check_cross_fields(recipe: Recipe) -> None:
-    """Rules that involve several fields. Raises ConfigError."""
-    for rule in (
-        _check_schedule,
-        _check_objective,
-        _check_sampling,
-        _check_data,
-        _check_evaluation,
-        _check_precision,
-    ):
-        rule(recipe)
+    """Rules that involve several fields. Raises ConfigError for the first that is broken."""
+    for broken, message in _schedule_rules(recipe) + _data_rules(recipe):
+        if broken:
+            raise ConfigError(message)
+    check_template(recipe.data.template)
 
 
-def _check_schedule(r: Recipe) -> None:
-    s = r.schedule
-    if s.traits.every_step and s.lag != 1:
-        raise ConfigError(
-            f'schedule.mode = "{s.mode}" means schedule.lag = 1, not {s.lag}: set lag = 1 or mode = "phased"'
-        )
-    if s.max_groups_ahead and s.max_groups_ahead < s.groups_per_step:
-        raise ConfigError(
+def _schedule_rules(r: Recipe) -> list[tuple[bool, str]]:
+    """(whether it is broken, what is said then) of rules on [schedule], and on [objective] as the schedule uses it."""
+    s, generates = r.schedule, r.schedule.traits.generates
+    return [
+        (
+            s.traits.every_step and s.lag != 1,
+            f'schedule.mode = "{s.mode}" means schedule.lag = 1, not {s.lag}: set lag = 1 or mode = "phased"',
+        ),
+        (
+            0 < s.max_groups_ahead < s.groups_per_step,
             f"schedule.max_groups_ahead = {s.max_groups_ahead} is below schedule.groups_per_step = "
-            f"{s.groups_per_step}: a step could never be filled; raise it, or 0 for lag x groups_per_step"
-        )
-    if s.traits.generates and s.window > 1 and not s.keeps_window:
-        raise ConfigError(
+            f"{s.groups_per_step}: a step could never be filled; raise it, or 0 for lag x groups_per_step",
+        ),
+        (
+            generates and s.window > 1 and not s.keeps_window,
             f'schedule.window = {s.window}: mode = "{s.mode}" clears at each publish; use mode = "async", or "phased" '
-            'with on_publish = "keep"'
-        )
-    if not s.traits.generates and r.objective.equal_groups == "resample":
-        raise ConfigError('objective.equal_groups = "resample" needs an engine; in offline mode use "drop"')
+            'with on_publish = "keep"',
+        ),
+        (
+            not generates and r.objective.equal_groups == "resample",
+            'objective.equal_groups = "resample" needs an engine; in offline mode use "drop"',
+        ),
+        (
+            s.group_size < 2,
+            f"schedule.group_size = {s.group_size}: a group baseline needs 2 rollouts per prompt or more",
+        ),
+        (
+            r.objective.behavior == "recomputed" and s.traits.overlaps,
+            'objective.behavior = "recomputed" in async mode: π has moved on by then; use "engine", or mode = "phased"',
+        ),
+    ]
 
 
-def _check_objective(r: Recipe) -> None:
-    o, s = r.objective, r.schedule
-    if math.isnan(o.beta1):
-        raise ConfigError("objective.beta1 = nan: a positive number, or inf for the group mean")
-    if s.group_size < 2:
-        raise ConfigError(f"schedule.group_size = {s.group_size}: a group baseline needs 2 rollouts per prompt or more")
-    if o.behavior == "recomputed" and s.traits.overlaps:
-        raise ConfigError(
-            'objective.behavior = "recomputed" in async mode: π has moved on by then; use "engine", or mode = "phased"'
-        )
-    if math.isnan(r.optimizer.clip_norm):
-        raise ConfigError("optimizer.clip_norm = nan: a positive number, or inf for no clipping")
-
-
-def _check_sampling(r: Recipe) -> None:
-    s = r.sampling
-    if (s.top_p < 1 or s.top_k > 0) and r.objective.behavior == "engine" and r.schedule.traits.generates:
-        raise ConfigError(
-            f"sampling.top_p = {s.top_p}, top_k = {s.top_k}: samples come from the nucleus and their log-probs do not "
-            'agree with the loss; set top_p = 1 and top_k = 0, or objective.behavior = "recomputed" (biased)'
-        )
-
-
-def _check_data(r: Recipe) -> None:
-    d = r.data
-    if not r.model.path:
-        raise ConfigError("model.path is empty: name a folder in Hugging Face layout, or a hub name")
-    check_template(d.template)
+def _data_rules(r: Recipe) -> list[tuple[bool, str]]:
+    """The same of rules on the sections that say what is sampled, trained and evaluated."""
+    sampling, n, generates = r.sampling, r.evaluation.n, r.schedule.traits.generates
+    truncated = sampling.top_p < 1 or sampling.top_k > 0
+    return [
+        (
+            truncated and r.objective.behavior == "engine" and generates,
+            f"sampling.top_p = {sampling.top_p}, top_k = {sampling.top_k}: samples come from the nucleus and their "
+            'log-probs do not agree with the loss; set top_p = 1 and top_k = 0, or objective.behavior = "recomputed" '
+            "(biased)",
+        ),
+        (not r.model.path, "model.path is empty: name a folder in Hugging Face layout, or a hub name"),
+        (
+            n > 0 and not r.data.held_out and generates,
+            "data.held_out = 0 leaves nothing to evaluate: raise it, or set evaluation.n = 0",
+        ),
+        (
+            r.train.precision == "bfloat16" and _is_exactly_served(r),
+            'train.precision = "bfloat16" with an engine in float32: updates below bfloat16\'s spacing would reach the '
+            'engine and not the trainer; set rollout.engine_dtype = "bfloat16", or precision = "float32"',
+        ),
+    ] + [
+        (n > 0 and not 1 <= k <= n, f"evaluation.k = {k}: pass@k needs 1 <= k <= evaluation.n = {n}")
+        for k in r.evaluation.k
+    ]
 
 
 def check_template(template: str) -> None:
     """Raises ConfigError where a template has no place for the question."""
     if template not in ("chat", "raw") and "{question}" not in template:
         raise ConfigError('data.template has no {question}: write "chat", "raw", or a text with {question} in it')
-
-
-def _check_evaluation(r: Recipe) -> None:
-    if r.evaluation.n and not r.data.held_out and r.schedule.traits.generates:
-        raise ConfigError("data.held_out = 0 leaves nothing to evaluate: raise it, or set evaluation.n = 0")
-    for k in r.evaluation.k if r.evaluation.n else ():
-        if not 1 <= k <= r.evaluation.n:
-            raise ConfigError(f"evaluation.k = {k}: pass@k needs 1 <= k <= evaluation.n = {r.evaluation.n}")
 
 
 def resolve_engine_dtype(r: Recipe) -> str:
@@ -314,11 +310,3 @@ def resolve_train_config(r: Recipe) -> TrainConfig:
     if r.train.precision == "auto" and _is_exactly_served(r):
         return dataclasses.replace(r.train, precision="float32")
     return r.train
-
-
-def _check_precision(r: Recipe) -> None:
-    if r.train.precision == "bfloat16" and _is_exactly_served(r):
-        raise ConfigError(
-            'train.precision = "bfloat16" with an engine in float32: updates below bfloat16\'s spacing would reach the '
-            'engine and not the trainer; set rollout.engine_dtype = "bfloat16", or precision = "float32"'
-        )

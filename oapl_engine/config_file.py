@@ -1,4 +1,4 @@
-"""Reads a recipe: TOML, `--section.field value` over it, a frozen dataclass out of it. Knows no section by name.
+"""Reads a recipe: TOML, `--section.field value` over it, a frozen dataclass out of it. No section is named here.
 
 A section may have a class variable MOVED: names of fields that it once had, and what to write instead.
 """
@@ -128,15 +128,15 @@ def to_toml(recipe: Any) -> dict[str, Any]:
 
 def describe(schema: type) -> list[tuple[str, str, list[tuple[str, str, str, str]]]]:
     """[(section, why it exists, [(field, type, default, unit and reason)])] of a recipe class, in order."""
-    return [(name, kind.__doc__.strip(), _fields(kind)) for name, kind in _sections(schema).items()]
 
+    def row(name: str, field: Any) -> tuple[str, str, str, str]:
+        default = "off" if field.default is None else json.dumps(field.default)
+        return name, _type_name(field.annotation), default, field.description
 
-def _fields(kind: Any) -> list[tuple[str, str, str, str]]:
-    rows = []
-    for name, info in kind.__pydantic_fields__.items():
-        default = "off" if info.default is None else json.dumps(info.default)
-        rows.append((name, _type_name(info.annotation), default, info.description))
-    return rows
+    return [
+        (section, kind.__doc__.strip(), [row(*item) for item in kind.__pydantic_fields__.items()])
+        for section, kind in _sections(schema).items()
+    ]
 
 
 def _type_name(annotation: Any) -> str:

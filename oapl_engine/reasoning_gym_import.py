@@ -1,4 +1,4 @@
-"""Importing reasoning_gym where pycosat is missing: it has no wheel and serves zebra puzzles alone."""
+"""Importing reasoning_gym where pycosat is missing: it has no wheel and is needed for zebra puzzles only."""
 
 import sys
 import types

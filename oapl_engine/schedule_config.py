@@ -40,7 +40,7 @@ class ScheduleConfig:
     mode: Literal["sync", "phased", "async", "offline"] = setting(
         "phased", "phased alternates on one device; async overlaps; offline reads finished rollouts"
     )
-    steps: int = setting(100, "optimizer steps of the whole run", ge=1)
+    steps: int = setting(100, "optimizer steps of the complete run", ge=1)
     groups_per_step: int = setting(8, "groups (prompts) in an optimizer step", ge=1)
     group_size: int = setting(8, "G, rollouts per prompt; 2 or more for a group baseline", ge=1)
     lag: int = setting(16, "L, optimizer steps between publishes; sync means 1", ge=1)

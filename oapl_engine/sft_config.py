@@ -16,7 +16,7 @@ class MicroModelConfig:
     out: str = setting("", "folder to write (Hugging Face layout); required")
     hidden: int = setting(64, "hidden size", ge=32)
     layers: int = setting(3, "decoder layers", ge=1)
-    heads: int = setting(2, "attention heads; vLLM's CPU attention wants head sizes from 32", ge=1)
+    heads: int = setting(2, "attention heads; vLLM's CPU attention needs head sizes from 32", ge=1)
 
 
 @dataclass(frozen=True, config=STRICT)

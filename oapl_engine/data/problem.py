@@ -1,8 +1,10 @@
 """What every source of problems offers: a question by number, and the record its verifier needs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from oapl_engine.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True)
@@ -28,3 +30,10 @@ class Source:
     finite: bool
     verifier: str
     verifier_options: dict[str, Any] = field(default_factory=dict)
+
+
+def check_options(options: Iterable[str], known: Iterable[str], owner: str) -> None:
+    """Raises ConfigError for a name of data.options that `owner` does not have."""
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"data.options.{name}: unknown for {owner}; {nearest(name, known)}")

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from oapl_engine.config import DataConfig
-from oapl_engine.data.problem import Problem, Source
+from oapl_engine.data.problem import Problem, Source, check_options
 from oapl_engine.errors import ConfigError, nearest
 from oapl_engine.reasoning_gym_import import provide_pycosat
 
@@ -45,25 +45,17 @@ def _question(task: str, field: str, entry: dict[str, Any]) -> str:
 
 
 def _create(task: str, settings: dict[str, Any]) -> Any:
-    datasets = _registry()
-    if task not in datasets:
-        raise ConfigError(f'data.task = "{task}" is not a reasoning-gym data set; {nearest(task, datasets)}')
+    provide_pycosat()
+    from reasoning_gym.factory import DATASETS
+
+    if task not in DATASETS:
+        raise ConfigError(f'data.task = "{task}" is not a reasoning-gym data set; {nearest(task, DATASETS)}')
     if type(settings["size"]) is not int or settings["size"] < 1:
         raise ConfigError(f"data.options.size = {settings['size']!r}: problems per epoch, a whole number from 1")
-    make, config = datasets[task]
-    fields = [f.name for f in dataclasses.fields(config)]
-    for name in settings:
-        if name not in fields:
-            raise ConfigError(f"data.options.{name}: unknown for {task}; {nearest(name, [*fields, 'question'])}")
+    make, config = DATASETS[task]
+    check_options(settings, [*(f.name for f in dataclasses.fields(config)), "question"], task)
     try:
         return make(config=config(**settings))
     except (AssertionError, ValueError, TypeError) as error:  # what the data sets raise on a bad config
         reason = str(error) or type(error).__name__
         raise ConfigError(f"data.options = {settings}: {task} refuses them: {reason}") from error
-
-
-def _registry() -> dict[str, tuple[Any, Any]]:
-    provide_pycosat()
-    from reasoning_gym.factory import DATASETS
-
-    return DATASETS

@@ -1,7 +1,11 @@
 """Reward 1 where the answer in the response equals record["answer"] character by character, else 0.
 
-Where in a response the answer is: extract = "all": the whole response; "first_line": its first line; "last_number": the
-last number in it, thousands commas removed; "after": what follows the last `marker`. Blanks at both ends are removed.
+Where in a response the answer is, by the option `extract`:
+    all:          the complete response
+    first_line:   its first line
+    last_number:  the last number in it, thousands commas removed
+    after:        what follows the last `marker`
+Blanks at both ends are removed.
 """
 
 import re

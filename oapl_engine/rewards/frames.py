@@ -12,7 +12,7 @@ MAX_FRAME = 64 << 20
 
 
 def write_frame(fd: int, message: dict[str, Any]) -> None:
-    """Raises BrokenPipeError where nobody reads any more."""
+    """Raises BrokenPipeError where the other end is closed."""
     body = json.dumps(message, default=str).encode()
     data = memoryview(LENGTH.pack(len(body)) + body)
     while data:
@@ -20,7 +20,7 @@ def write_frame(fd: int, message: dict[str, Any]) -> None:
 
 
 def read_frame(fd: int, seconds: float | None = None) -> dict[str, Any]:
-    """The next message. Raises EOFError at the end, TimeoutError where it is not whole after `seconds`."""
+    """The next message. Raises EOFError at the end, TimeoutError where it is not complete after `seconds`."""
     deadline = None if seconds is None else time.monotonic() + seconds
     (length,) = LENGTH.unpack(_read(fd, LENGTH.size, deadline))
     if length > MAX_FRAME:

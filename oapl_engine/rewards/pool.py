@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Self
+from typing import Any
 
 import psutil
 
@@ -24,7 +24,7 @@ class VerifierPool:
     """`workers` processes that verify, each verdict within `timeout_seconds` and `memory_mb` of added address space.
 
     The processes are fresh Python (no torch, nothing forked from the trainer) and end with this one, also by SIGKILL.
-    Thread-safe; `close`, or use it as a context manager.
+    Thread-safe. To be closed.
     """
 
     def __init__(self, workers: int = 1, timeout_seconds: float = 10.0, memory_mb: int = 1024) -> None:
@@ -57,12 +57,6 @@ class VerifierPool:
         self._threads.shutdown(wait=True, cancel_futures=True)
         for worker in self._workers:
             worker.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _submit(self, name: str, response: str, record: dict[str, Any], options: dict[str, Any]) -> Future[Verdict]:
         check_verifier(name, options)
@@ -123,7 +117,10 @@ class _Worker:
 
     def kill(self) -> None:
         """Ends the process and all that it started; a thread in `ask` then sees the end of its pipe."""
-        for process in [*self._descendants(), self._process]:
+        descendants: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            descendants = psutil.Process(self._process.pid).children(recursive=True)
+        for process in [*descendants, self._process]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         if self._process.returncode is None:
@@ -132,16 +129,10 @@ class _Worker:
         self._process.wait()
 
     def close(self) -> None:
-        """Closes the pipes: only when no thread is in `ask`, which would go on with a number that is reused."""
+        """Closes the pipes: only when no thread is in `ask`, which would continue with a number that is reused."""
         for fd in self._fds:
             os.close(fd)
         self._fds, self._request, self._reply = (), -1, -1
-
-    def _descendants(self) -> list[psutil.Process]:
-        try:
-            return psutil.Process(self._process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return []
 
     def _end(self, error: Exception) -> str:
         try:

@@ -1,4 +1,4 @@
-"""VERIFIERS by name, and `verify`, which calls one and makes a Verdict of whatever it does.
+"""VERIFIERS by name, and `verify`, which calls one and makes a Verdict of its result or its failure.
 
 A new verifier is a module and a line in VERIFIERS. The module has `score(response, record, options)`, which returns a
 reward, or (reward, detail), and raises where the *record* is unusable; a wrong answer is a reward, 0. It may have
@@ -45,7 +45,7 @@ class Verdict:
 def verify(name: str, response: str, record: dict[str, Any], options: dict[str, Any] | None = None) -> Verdict:
     """Verdict on one response, in this process and without limits (VerifierPool has them).
 
-    Raises ConfigError where `name` or an option is unknown; whatever the verifier raises becomes the verdict.
+    Raises ConfigError where `name` or an option is unknown; any exception of the verifier becomes the verdict.
     """
     check_verifier(name, options or {})
     function = load_verifier(name)
@@ -53,7 +53,7 @@ def verify(name: str, response: str, record: dict[str, Any], options: dict[str, 
         return _checked(function(response, record, options or {}))
     except MemoryError:
         return Verdict("invalid", None, {"reason": "out of memory (reward.memory_mb)"})
-    except Exception as error:  # whatever a verifier raises is reported as its verdict
+    except Exception as error:  # any exception of a verifier is reported as its verdict
         return Verdict("error", None, {"reason": f"{type(error).__name__}: {error}"[:REASON_CHARACTERS]})
 
 

@@ -1,7 +1,7 @@
 """A verifier process: `python -m oapl_engine.rewards.worker REQUEST_FD REPLY_FD LIFELINE_FD`, started by the pool.
 
 For each request it replies {"started": true} once the verifier is imported (the time-out counts from there), then the
-verdict. It ends with its owner, whatever it is doing.
+verdict. It ends with its owner, also in the middle of a verdict.
 """
 
 import ctypes
@@ -41,7 +41,7 @@ def main(request_fd: int, reply_fd: int, lifeline_fd: int) -> None:
 def _die_with_owner(lifeline_fd: int) -> None:
     """SIGKILL from the kernel to this process group when the owner's end of the pipe closes.
 
-    A thread that waits for it would not do: a regular expression that backtracks for ever holds the GIL.
+    A thread that waits for it would not do: a regular expression that backtracks without end holds the GIL.
     """
     fcntl.fcntl(lifeline_fd, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(lifeline_fd, fcntl.F_SETSIG, signal.SIGKILL)
@@ -56,7 +56,7 @@ def _run(request: dict[str, Any], reply_fd: int) -> Verdict:
     name, options = request["name"], request["options"]
     try:
         load_verifier(name)
-    except Exception as error:  # reported as the verdict: a worker has nobody else to tell
+    except Exception as error:  # reported as the verdict: a worker has no other way to report it
         write_frame(reply_fd, {"started": True})
         return Verdict("error", None, {"reason": f"{error}"})
     write_frame(reply_fd, {"started": True})

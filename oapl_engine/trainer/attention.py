@@ -161,7 +161,9 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, plan: Attention
         k, v = keys[i], values[i]
         if piece.context is not None:
             k, v = torch.cat([keys[piece.context], k], 2), torch.cat([values[piece.context], v], 2)
-        out.append(_attend(queries[i], k, v, _mask(plan, i, how.window), how))
+        if (i, how.window) not in plan.masks:
+            plan.masks[i, how.window] = _mask(plan, piece, how.window)
+        out.append(_attend(queries[i], k, v, plan.masks[i, how.window], how))
     return torch.cat(out, 2).transpose(1, 2)
 
 
@@ -184,14 +186,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how:
     )
 
 
-def _mask(plan: AttentionPlan, i: int, window: int | None) -> Tensor | None:
-    """Boolean mask [rows, keys] of piece i; None: plainly causal."""
-    if (i, window) not in plan.masks:
-        plan.masks[i, window] = _make_mask(plan, plan.pieces[i], window)
-    return plan.masks[i, window]
-
-
-def _make_mask(plan: AttentionPlan, piece: SdpaCall, window: int | None) -> Tensor | None:
+def _mask(plan: AttentionPlan, piece: SdpaCall, window: int | None) -> Tensor | None:
+    """Boolean mask [rows, keys] of a piece; None: plainly causal."""
     if piece.span is not None:
         position, owner = _positions_and_owners(piece.span, plan.device)
         mine = (owner[None] == owner[:, None]) | (owner[None] == 0)

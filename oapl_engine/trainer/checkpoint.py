@@ -1,8 +1,8 @@
-"""Checkpoints: a Hugging Face folder plus optimizer, RNG and what the run adds; whole and verified, or not there.
+"""Checkpoints: a Hugging Face folder plus optimizer, RNG and what the run adds; complete and verified, or not there.
 
 Written to a temporary folder, every file hashed and fsynced, the manifest last, then renamed: a kill at any moment
 leaves the earlier checkpoints as they were. A damaged file is named and never used. No pickle: safetensors and JSON.
-What is not the model lies in the subfolder `trainer`, because vLLM loads every *.safetensors beside config.json.
+What is not the model is in the subfolder `trainer`, because vLLM loads every *.safetensors beside config.json.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ def save(
     """Write directory/step_NNNNNN and delete all but the `keep` newest; `extra` must be JSON.
 
     Never overwrites: the same weights already there are left as they are, a damaged folder is moved aside, anything
-    else raises CheckpointError, as do a full disk and missing permission; earlier checkpoints stay whole.
+    else raises CheckpointError, as do a full disk and missing permission; earlier checkpoints stay complete.
     """
     target = directory / f"step_{step:06d}"
     digest = weight_hash(policy.model)
@@ -83,10 +83,13 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"checkpoint {target} cannot be written: {error}; free disk space or set run.dir to another disk (earlier "
-            "checkpoints are whole)"
+            "checkpoints are complete)"
         ) from error
     for old in _folders(directory)[keep:]:
-        _remove(old)
+        # renamed first: a kill in the middle must not leave half a checkpoint under its name
+        hidden = directory / f"{TEMPORARY}{old.name}"
+        os.rename(old, hidden)
+        shutil.rmtree(hidden)
     return target
 
 
@@ -113,15 +116,15 @@ def _write_files(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer,
             policy.tokenizer.save_pretrained(folder)
     if adapter:
         save_file(adapter, folder / ADAPTER)
-    save_file(_optimizer_state(policy, optimizer), folder / OPTIMIZER)
+    state = {
+        f"{kind}/{name}": value.contiguous()
+        for name, parameter in policy.trainable().items()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+    save_file(state, folder / OPTIMIZER)
     random = {"cuda": torch.cuda.get_rng_state(policy.device)} if policy.device.type == "cuda" else {}
     save_file({"cpu": torch.get_rng_state(), **random}, folder / RNG)
     (folder / EXTRA).write_text(json.dumps(dict(extra), allow_nan=False))
-
-
-def _optimizer_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = {name: optimizer.state.get(parameter, {}) for name, parameter in policy.trainable().items()}
-    return {f"{kind}/{name}": value.contiguous() for name, kinds in state.items() for kind, value in kinds.items()}
 
 
 def _write_manifest(folder: Path, step: int, digest: str) -> None:
@@ -150,13 +153,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _remove(folder: Path) -> None:
-    # Renamed first: a kill in the middle must not leave half a checkpoint under its name.
-    hidden = folder.with_name(TEMPORARY + folder.name)
-    os.rename(folder, hidden)
-    shutil.rmtree(hidden)
 
 
 def _folders(directory: Path) -> list[Path]:

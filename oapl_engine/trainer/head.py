@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from oapl_kernels import Objective, PolicyInputs, PolicyLoss, fused_policy_loss, linear_logprob
-from torch import Tensor, nn
+from torch import Tensor
 
 from oapl_engine.samples import Batch
 
@@ -23,15 +23,6 @@ class Head:
 
     def options(self, temperature: float) -> dict[str, Any]:
         return {"bias": self.bias, "softcap": self.softcap, "temperature": temperature / self.scale}
-
-
-def get_head(model: nn.Module) -> Head:
-    """The head of a causal LM: its output embeddings and what its config does to logits afterwards."""
-    output = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    return Head(output.weight, getattr(output, "bias", None), softcap, scale)
 
 
 def policy_loss(
@@ -55,7 +46,11 @@ def policy_loss(
     names = ("behavior_logprob", "proximal_logprob", "reference_logprob")
     logprobs = {n: there(values[batch.rows]) for n in names if (values := getattr(batch, n)) is not None}
     inputs = PolicyInputs(advantage=there(batch.advantage), **logprobs)
-    weight = head.weight
+    weight, weight_grad = head.weight, None
+    if weight.requires_grad and torch.is_grad_enabled() and weight.dtype in (torch.float32, torch.float64):
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        weight_grad = weight.grad
     return fused_policy_loss(
         hidden.index_select(0, there(batch.rows)),
         weight,
@@ -65,7 +60,7 @@ def policy_loss(
         inputs,
         normalizer=normalizer,
         entropy_coefficient=entropy_coefficient,
-        weight_grad=_gradient(weight) if weight.requires_grad and torch.is_grad_enabled() else None,
+        weight_grad=weight_grad,
         **head.options(temperature),
     )
 
@@ -74,11 +69,3 @@ def row_logprob(head: Head, hidden: Tensor, batch: Batch, temperature: float) ->
     """Log-probs [R] f32 of a batch's scored rows, from hidden [T, D]."""
     rows, target = (torch.from_numpy(x).to(hidden.device) for x in (batch.rows, batch.target[batch.rows]))
     return linear_logprob(hidden.index_select(0, rows), head.weight, target, **head.options(temperature))
-
-
-def _gradient(weight: Tensor) -> Tensor | None:
-    if weight.dtype not in (torch.float32, torch.float64):
-        return None
-    if weight.grad is None:
-        weight.grad = torch.zeros_like(weight)
-    return weight.grad

@@ -40,7 +40,8 @@ def load_policy(model: config.ModelConfig, train: config.TrainConfig, device: to
     tokenizer = load_tokenizer(model.path)
     _check_weights(network, len(tokenizer), model.path)
     if model.lora_rank:
-        network = _add_lora(network, model.lora_rank)
+        lora = LoraConfig(r=model.lora_rank, lora_alpha=LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+        network = inject_adapter_in_model(lora, network)
     policy = Policy(network.to(device).eval(), tokenizer, device, matmul_dtype, kernel)
     choose_packing_mode(policy)
     _prepare_training(policy, train)
@@ -95,8 +96,6 @@ def _load_network(model: config.ModelConfig) -> PreTrainedModel:
 
 def _load_config(path: str) -> Any:
     local = Path(path)
-    if not local.exists() and (path.count("/") != 1 or path[0] in "./~"):
-        raise _refused(path, " does not exist: name a folder with config.json, or a hub name org/model")
     if local.is_dir() and not (local / "config.json").exists():
         raise _refused(path, " has no config.json: name a folder in Hugging Face layout")
     try:
@@ -154,11 +153,6 @@ def _check_weights(network: PreTrainedModel, tokens: int, path: str) -> None:
     for name, parameter in network.named_parameters():
         if not torch.isfinite(parameter).all():
             raise _refused(path, f": weight {name} holds NaN or Inf; fetch or train the model again")
-
-
-def _add_lora(network: PreTrainedModel, rank: int) -> PreTrainedModel:
-    settings = LoraConfig(r=rank, lora_alpha=LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-    return inject_adapter_in_model(settings, network)
 
 
 def choose_packing_mode(policy: Policy) -> None:

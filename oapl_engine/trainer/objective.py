@@ -1,11 +1,10 @@
-"""From the recipe's [objective] to an `oapl_kernels` objective; from its declarations to advantages and normaliser."""
+"""From the recipe's [objective] to an `oapl_kernels` objective; from its declarations to the normaliser."""
 
 import inspect
 from typing import Any
 
-from oapl_kernels import Objective, group_advantage, grpo_advantage
+from oapl_kernels import Objective
 from oapl_kernels.objectives import OBJECTIVES, with_reference_kl
-from torch import Tensor
 
 from oapl_engine.config import ObjectiveConfig
 from oapl_engine.errors import ConfigError, load_object, nearest
@@ -37,24 +36,7 @@ def make_objective(section: ObjectiveConfig, beta2: float) -> Objective:
     return with_reference_kl(objective, section.reference_coefficient) if section.reference_coefficient else objective
 
 
-def advantages(objective: Objective, reward: Tensor, cu_groups: Tensor, beta1: float) -> Tensor:
-    """A [N] f64 of rewards [N] f64 in groups, by the objective's baseline. beta1: temperature of OAPL's value."""
-    if objective.baseline == "zscore":
-        return grpo_advantage(reward, cu_groups)
-    return group_advantage(reward, cu_groups, value_temperature(objective, beta1))
-
-
-def value_temperature(objective: Objective, beta1: float) -> float:
-    """beta1 for `group_value`: of OAPL's value, or inf, which makes it the group's mean."""
-    return beta1 if objective.baseline == "value" else float("inf")
-
-
 def normalizer(objective: Objective, sequences: int, tokens: int, max_new_tokens: int) -> float:
     """What the summed loss of an optimizer step is divided by; sequences and tokens are those of all ranks."""
     divisors = {"sequences": sequences, "tokens": tokens, "constant": sequences * max_new_tokens}
     return float(divisors[objective.normalizer])
-
-
-def rms(values: Tensor) -> float:
-    """Root mean square of values [N]; 0 if there are none."""
-    return float(values.square().mean().sqrt()) if values.numel() else 0.0

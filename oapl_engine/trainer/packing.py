@@ -42,8 +42,8 @@ def _split(group: TrainGroup, token_budget: int, share_prompts: bool) -> list[Tr
     _check(group, share_prompts)
     cuts = [0]
     for i in range(1, len(group.rollouts)):
-        whole = TrainGroup(group.rollouts[cuts[-1] : i + 1], group.advantage)
-        if not share_prompts or _row_count(whole, True) > token_budget:
+        together = TrainGroup(group.rollouts[cuts[-1] : i + 1], group.advantage)
+        if not share_prompts or _row_count(together, True) > token_budget:
             cuts.append(i)
     ends = [*cuts[1:], len(group.rollouts)]
     return [TrainGroup(group.rollouts[a:b], group.advantage[a:b]) for a, b in zip(cuts, ends, strict=True)]
@@ -69,7 +69,7 @@ def _last_scored(rollout: Rollout) -> int:
 
 
 def _prefix(part: TrainGroup, share_prompts: bool) -> int:
-    # A response on its own shares with nobody: its prompt stays in its own rows, one attention call instead of two.
+    # A response on its own shares nothing: its prompt stays in its own rows, one attention call instead of two.
     return part.rollouts[0].prompt_length - 1 if share_prompts and len(part.rollouts) > 1 else 0
 
 
@@ -122,7 +122,7 @@ def _batch(parts: Sequence[TrainGroup], share_prompts: bool) -> Batch:
         target=target,
         behavior_logprob=behavior,
         rows=np.flatnonzero(target != IGNORE),
-        cu_seqlens=_offsets([int(np.count_nonzero(r.loss_mask)) for r in rollouts]),
+        cu_seqlens=np.cumsum([0] + [np.count_nonzero(r.loss_mask) for r in rollouts], dtype=np.int64),
         prompts=tuple(spans),
         advantage=np.concatenate([part.advantage for part in parts]).astype(np.float32),
         keys=tuple(r.key for r in rollouts),
@@ -147,7 +147,3 @@ def _rows(rollout: Rollout, first: int, end: int) -> tuple[NDArray, ...]:
     target = np.where(mask, rollout.token_ids[first + 1 : end + 1].astype(np.int64), IGNORE)
     behavior = np.where(mask, rollout.behavior_logprob[first + 1 : end + 1], np.float32(0)).astype(np.float32)
     return rollout.token_ids[first:end].astype(np.int64), np.arange(first, end), target, behavior
-
-
-def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

@@ -48,17 +48,15 @@ def packing_rule(config: object) -> str | None:
 
 def probe_groups(vocabulary: int) -> list[TrainGroup]:
     """Two groups of two short rollouts, enough for one to leak into another."""
-    return [_probe_group(g, vocabulary) for g in range(2)]
-
-
-def _probe_group(group: int, vocabulary: int) -> TrainGroup:
-    draw = np.random.default_rng(group)
-    prompt = draw.integers(0, vocabulary, 4 + group)
-    responses = [draw.integers(0, vocabulary, length) for length in (3, 5)]
+    groups = []
     about: dict[str, Any] = {"spans": (), "finish": "stop", "status": "scored", "reward": 0.0}
-    probe = Prompt("probe", prompt.astype(np.int32), "probe")
-    rollouts = tuple(make_rollout(probe, str(group), i, response, **about) for i, response in enumerate(responses))
-    return TrainGroup(rollouts, np.zeros(2, np.float32))
+    for g in range(2):
+        draw = np.random.default_rng(g)
+        probe = Prompt("probe", draw.integers(0, vocabulary, 4 + g).astype(np.int32), "probe")
+        responses = [draw.integers(0, vocabulary, length) for length in (3, 5)]
+        rollouts = tuple(make_rollout(probe, str(g), i, response, **about) for i, response in enumerate(responses))
+        groups.append(TrainGroup(rollouts, np.zeros(2, np.float32)))
+    return groups
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from oapl_engine.samples import Batch
 from oapl_engine.trainer import attention
-from oapl_engine.trainer.head import Head, get_head, row_logprob
+from oapl_engine.trainer.head import Head, row_logprob
 from oapl_engine.trainer.packing import TrainGroup, pack
 from oapl_engine.trainer.packing_mode import PACKING_MODES, PackingMode
 
@@ -37,7 +37,11 @@ class Policy:
 
     @property
     def head(self) -> Head:
-        return get_head(self.model)
+        """Its output embeddings and what its config does to logits afterwards."""
+        output, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
+        softcap = getattr(config, "final_logit_softcapping", None)
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        return Head(output.weight, getattr(output, "bias", None), softcap, scale)
 
     @property
     def vocabulary(self) -> int:

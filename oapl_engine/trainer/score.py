@@ -48,14 +48,11 @@ def fill_logprobs(field: str, policy: Policy, batches: Sequence[Batch], temperat
 
 def replace_behavior_logprob(groups: Sequence[Group], logprobs: Mapping[str, NDArray[np.float32]]) -> list[Group]:
     """The groups with behaviour log-probs replaced by recomputed ones, [response] by rollout key, where there are."""
-    return [
-        replace(group, rollouts=tuple(_with_behavior(rollout, logprobs.get(rollout.key)) for rollout in group.rollouts))
-        for group in groups
-    ]
 
+    def recomputed(rollout: Rollout) -> Rollout:
+        if rollout.key not in logprobs:
+            return rollout
+        prompt = np.zeros(rollout.prompt_length, np.float32)
+        return replace(rollout, behavior_logprob=np.concatenate([prompt, logprobs[rollout.key]]))
 
-def _with_behavior(rollout: Rollout, logprob: NDArray[np.float32] | None) -> Rollout:
-    if logprob is None:
-        return rollout
-    prompt = np.zeros(rollout.prompt_length, np.float32)
-    return replace(rollout, behavior_logprob=np.concatenate([prompt, logprob]))
+    return [replace(group, rollouts=tuple(map(recomputed, group.rollouts))) for group in groups]

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from oapl_kernels import Objective, group_value
+from oapl_kernels import Objective, group_value, grpo_advantage
 from oapl_kernels.objectives import soft_overlong_penalty
 
 from oapl_engine.config import ObjectiveConfig
 from oapl_engine.distributed import Ranks
 from oapl_engine.samples import Group, Rollout, decode_groups, encode_groups
-from oapl_engine.trainer.objective import advantages, make_objective, rms, value_temperature
+from oapl_engine.trainer.objective import make_objective
 from oapl_engine.trainer.packing import TrainGroup
 
 Recorded = Mapping[str, NDArray[np.float64]]
@@ -87,7 +87,8 @@ def select_rollouts(
     trained = tuple(TrainGroup(c.rollouts, a.astype(np.float32)) for c, a in zip(kept, values, strict=True))
     known_values = [_value(c, objective, section.beta1) for c in kept if np.isfinite(c.basis).all()]
     beta2 = section.beta2
-    spread = rms(torch.from_numpy(np.concatenate(values))) if values else 0.0
+    # root mean square of all advantages
+    spread = float(torch.from_numpy(np.concatenate(values)).square().mean().sqrt()) if values else 0.0
     if section.scale_free_nats is not None and np.isfinite(spread) and spread > 0:
         beta2 = spread / section.scale_free_nats
     return StepSelection(trained, dropped, beta2, _metrics(groups, usable, values, known_values))
@@ -134,15 +135,17 @@ def _without_equal(usable: list[_Candidate], rule: str, dropped: dict[str, str])
 def _advantage(candidate: _Candidate, objective: Objective, beta1: float) -> NDArray[np.float64]:
     if not (np.isfinite(candidate.basis).all() and np.isfinite(candidate.reward).all()):
         return np.full(len(candidate.reward), np.nan)
-    if candidate.basis is not candidate.reward:
-        return candidate.reward - _value(candidate, objective, beta1)
-    reward = torch.from_numpy(candidate.reward)
-    return advantages(objective, reward, torch.tensor([0, len(reward)]), beta1).numpy()
+    if objective.baseline == "zscore" and candidate.basis is candidate.reward:
+        reward = torch.from_numpy(candidate.reward)
+        return grpo_advantage(reward, torch.tensor([0, len(reward)])).numpy()
+    return candidate.reward - _value(candidate, objective, beta1)
 
 
 def _value(candidate: _Candidate, objective: Objective, beta1: float) -> float:
+    """OAPL's value of the group at temperature beta1, or for other baselines the group's mean, at infinity."""
     basis = torch.from_numpy(candidate.basis)
-    return float(group_value(basis, torch.tensor([0, len(basis)]), value_temperature(objective, beta1)))
+    temperature = beta1 if objective.baseline == "value" else float("inf")
+    return float(group_value(basis, torch.tensor([0, len(basis)]), temperature))
 
 
 def _metrics(

@@ -1,7 +1,7 @@
 """One optimizer step as a function."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -83,9 +83,14 @@ def _checked_gradients(
     losses: list[PolicyLoss] = []
     problem = None
     try:
-        _check_inputs(batches)
+        for batch in batches:
+            _refuse("reward or advantage", batch, np.flatnonzero(~np.isfinite(batch.advantage)))
+            wrong = np.flatnonzero(~np.isfinite(batch.behavior_logprob[batch.rows]))
+            _refuse("behaviour log-prob", batch, np.searchsorted(batch.cu_seqlens, wrong, "right") - 1)
         losses = accumulate_gradients(policy, batches, objective, **how)
-        _check_losses(batches, losses)
+        for batch, loss in zip(batches, losses, strict=True):
+            _refuse("log-prob", batch, (~torch.isfinite(loss.sequence_logprob)).nonzero()[:, 0].cpu().numpy())
+            _refuse("loss", batch, np.arange(0 if torch.isfinite(loss.loss) else len(batch.keys)))
     except NonFiniteError as error:
         problem = str(error)
     problems = [found for found in ranks.gather(problem) if found]
@@ -124,21 +129,6 @@ def accumulate_gradients(
     return losses
 
 
-def _check_inputs(batches: Sequence[Batch]) -> None:
-    for batch in batches:
-        _refuse("reward or advantage", batch, np.flatnonzero(~np.isfinite(batch.advantage)))
-        wrong = np.flatnonzero(~np.isfinite(batch.behavior_logprob[batch.rows]))
-        _refuse("behaviour log-prob", batch, np.searchsorted(batch.cu_seqlens, wrong, "right") - 1)
-
-
-def _check_losses(batches: Sequence[Batch], losses: Sequence[PolicyLoss]) -> None:
-    for batch, loss in zip(batches, losses, strict=True):
-        wrong = torch.nonzero(~torch.isfinite(loss.sequence_logprob))[:, 0]
-        _refuse("log-prob", batch, wrong.cpu().numpy())
-        if not torch.isfinite(loss.loss):
-            _refuse("loss", batch, np.arange(len(batch.keys)))
-
-
 def _refuse(what: str, batch: Batch, sequences: np.ndarray) -> None:
     if len(sequences):
         keys = ", ".join(batch.keys[i] for i in dict.fromkeys(sequences.tolist()))
@@ -156,48 +146,12 @@ def _check_gradients(policy: Policy, batches: Sequence[Batch]) -> Tensor:
     return norm
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """Of one micro-batch, what its metrics are means of.
-
-    loss, entropy:       summed
-    tokens, sequences:   trained
-    log_ratio, square:   sums of ln π - ln π_vllm and of its square
-    residual:            sum of beta2·log-ratio - A, for objectives with a squared residual
-    largest:             absolute log-ratio
-    """
-
-    loss: float
-    entropy: float
-    tokens: int
-    sequences: int
-    log_ratio: float
-    square: float
-    residual: float
-    largest: float
-
-    @classmethod
-    def of(cls, batch: Batch, loss: PolicyLoss, beta2: float) -> "_Sums":
-        log_ratio = loss.logprob.double().cpu().numpy() - batch.behavior_logprob[batch.rows]
-        residual = beta2 * np.add.reduceat(log_ratio, batch.cu_seqlens[:-1]) - batch.advantage
-        return cls(
-            loss=float(loss.loss),
-            entropy=float(loss.entropy.double().sum()),
-            tokens=len(log_ratio),
-            sequences=len(residual),
-            log_ratio=float(log_ratio.sum()),
-            square=float((log_ratio**2).sum()),
-            residual=float(residual.sum()),
-            largest=float(np.abs(log_ratio).max()),
-        )
-
-
 def _metrics(
     batches: Sequence[Batch], losses: Sequence[PolicyLoss], norm: float, objective: Objective, ranks: Ranks
 ) -> dict[str, float | None]:
     """Metrics of the complete step. Collective."""
     beta2 = objective.log_ratio_weight
-    own = [asdict(_Sums.of(batch, loss, beta2 or 0.0)) for batch, loss in zip(batches, losses, strict=True)]
+    own = [_sums(batch, loss, beta2 or 0.0) for batch, loss in zip(batches, losses, strict=True)]
     every = [sums for rank in ranks.gather(own) for sums in rank]
     total = {name: sum(sums[name] for sums in every) for name in every[0]}
     tokens = total["tokens"]
@@ -214,3 +168,26 @@ def _metrics(
         "beta2": beta2,
     }
     return {name: float(v) if v is not None and np.isfinite(v) else None for name, v in metrics.items()}
+
+
+def _sums(batch: Batch, loss: PolicyLoss, beta2: float) -> dict[str, float]:
+    """Of one micro-batch, what its metrics are means of.
+
+    loss, entropy:       summed
+    tokens, sequences:   trained
+    log_ratio, square:   sums of ln π - ln π_vllm and of its square
+    residual:            sum of beta2·log-ratio - A, for objectives with a squared residual
+    largest:             absolute log-ratio
+    """
+    log_ratio = loss.logprob.double().cpu().numpy() - batch.behavior_logprob[batch.rows]
+    residual = beta2 * np.add.reduceat(log_ratio, batch.cu_seqlens[:-1]) - batch.advantage
+    return {
+        "loss": float(loss.loss),
+        "entropy": float(loss.entropy.double().sum()),
+        "tokens": len(log_ratio),
+        "sequences": len(residual),
+        "log_ratio": float(log_ratio.sum()),
+        "square": float((log_ratio**2).sum()),
+        "residual": float(residual.sum()),
+        "largest": float(np.abs(log_ratio).max()),
+    }

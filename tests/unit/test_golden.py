@@ -137,7 +137,8 @@ def test_run_directory_of_the_old_version_is_refused(tmp_path, capsys):
         return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     before = contents()
-    assert train.main([str(ROOT / "recipes" / "micro_offline.toml"), "--run.dir", str(directory)]) == 2
+    words = ["--run.dir", str(directory), "--model.path", str(GOLDEN / "start_model")]
+    assert train.main([str(ROOT / "recipes" / "micro_offline.toml"), *words]) == 2
     (message,) = capsys.readouterr().err.splitlines()
     assert message.startswith(f"error: run.dir = {directory} was written by another version of oapl-engine")
     assert "start in a new --run.dir" in message

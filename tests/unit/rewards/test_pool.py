@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -26,7 +27,7 @@ def _import_path(monkeypatch):
 
 @pytest.fixture
 def pool():
-    with VerifierPool(1, timeout_seconds=20, memory_mb=512) as made:
+    with closing(VerifierPool(1, timeout_seconds=20, memory_mb=512)) as made:
         yield made
 
 
@@ -81,7 +82,7 @@ def test_unknown_names_are_refused_before_a_worker_sees_them(pool):
 
 @pytest.mark.parametrize("name", ["sleeps", "backtracks"])
 def test_a_hanging_verifier_is_killed_and_invalid(name):
-    with VerifierPool(1, timeout_seconds=0.3) as pool:
+    with closing(VerifierPool(1, timeout_seconds=0.3)) as pool:
         verdict = ask(pool, bad(name), "1", RECORD)
         assert (verdict.status, verdict.reward) == ("invalid", None)
         assert "0.3 s (reward.timeout_seconds)" in verdict.detail["reason"]
@@ -90,7 +91,7 @@ def test_a_hanging_verifier_is_killed_and_invalid(name):
 
 
 def test_the_time_limit_does_not_count_imports():
-    with VerifierPool(1, timeout_seconds=0.5) as pool:  # importing math-verify takes longer
+    with closing(VerifierPool(1, timeout_seconds=0.5)) as pool:  # importing math-verify takes longer
         assert ask(pool, "math", "1", RECORD).reward == 1
 
 
@@ -141,7 +142,7 @@ def test_a_fork_that_returns_gives_no_second_verdict(pool):
 
 
 def test_many_keep_their_order_on_several_workers():
-    with VerifierPool(2, timeout_seconds=20) as pool:
+    with closing(VerifierPool(2, timeout_seconds=20)) as pool:
         answers = [str(i % 3) for i in range(40)]
         verdicts = pool.verify_many("exact", [(a, RECORD) for a in answers])
         assert [v.reward for v in verdicts] == [float(a == "1") for a in answers]
@@ -153,7 +154,7 @@ def test_async_verdicts_run_beside_a_hanging_one():
         quick = [await pool.verify("exact", "1", RECORD) for _ in range(5)]
         return quick, hanging.done(), await hanging
 
-    with VerifierPool(2, timeout_seconds=3) as pool:
+    with closing(VerifierPool(2, timeout_seconds=3)) as pool:
         pool.verify_many("exact", [("1", RECORD)] * 2)  # both processes have started
         quick, hanging_was_done, verdict = asyncio.run(both(pool))
     assert [v.reward for v in quick] == [1] * 5

@@ -48,7 +48,7 @@ def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap):
 
 
 def dense(q, k, v, window, softcap):
-    """Whole-row mask from who may read whom, written without the plan."""
+    """Mask over all rows from who may read whom, written without the plan."""
     owner, position = torch.zeros(ROWS, dtype=torch.long), torch.zeros(ROWS, dtype=torch.long)
     group = torch.zeros(ROWS, dtype=torch.long)
     for g, span in enumerate(SPANS):

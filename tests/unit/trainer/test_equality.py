@@ -118,7 +118,7 @@ def test_micro_batches_add_up(share, make_policy, groups, relative):
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_every_objective_adds_up_with_its_options(name, make_policy, groups, relative):
-    """The same with an entropy bonus and a KL to a reference: whole sequences, one normaliser for the step."""
+    """The same with an entropy bonus and a KL to a reference: complete sequences, one normaliser for the step."""
     policy, reference, items = make_policy("qwen3"), make_policy("llama"), groups.items(groups.ragged())
     objective = make_objective(config.ObjectiveConfig(name=name, reference_coefficient=0.1), BETA2)
 
