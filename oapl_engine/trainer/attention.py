@@ -73,12 +73,11 @@ def plan_attention(spans: Sequence[PromptSpan], device: torch.device, kernel: st
     keys = torch.tensor([rows + prefix[1] for _, rows, prefix in segments])
     shared = any(prefix[1] for _, _, prefix in segments)
     ranges = [(a, n) for start, rows, prefix in segments for a, n in (prefix, (start, rows)) if n]
-    gather = torch.cat([torch.arange(a, a + n) for a, n in ranges])
     return AttentionPlan(
         pieces=tuple(_pieces(spans)),
         device=device,
         kernel=kernel,
-        gather=gather.to(device) if shared else None,
+        gather=torch.cat([torch.arange(a, a + n) for a, n in ranges]).to(device) if shared else None,
         cu_query=F.pad(queries.cumsum(0), (1, 0)).to(device, torch.int32),
         cu_key=F.pad(keys.cumsum(0), (1, 0)).to(device, torch.int32),
         max_query=int(queries.max()),

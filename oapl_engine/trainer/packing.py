@@ -51,14 +51,13 @@ def _split(group: TrainGroup, token_budget: int, share_prompts: bool) -> list[Tr
 
 def _check(group: TrainGroup, share_prompts: bool) -> None:
     first = group.rollouts[0]
+    prompt = first.token_ids[: first.prompt_length]
     for rollout in group.rollouts:
         if rollout.prompt_length < 1:
             raise ValueError(f"rollout {rollout.key} has an empty prompt: nothing predicts its first token")
         if not rollout.loss_mask[rollout.prompt_length :].any():
             raise ValueError(f"rollout {rollout.key} has no scored token: leave it out of the step")
-        if share_prompts and not np.array_equal(
-            rollout.token_ids[: rollout.prompt_length], first.token_ids[: first.prompt_length]
-        ):
+        if share_prompts and not np.array_equal(rollout.token_ids[: rollout.prompt_length], prompt):
             raise ValueError(f"rollouts {first.key} and {rollout.key} are one group but their prompts differ")
 
 
