@@ -34,7 +34,7 @@ class Buckets:
         raise NotImplementedError
 
     def send(self, index: int, length: int) -> None:
-        """The first `length` bytes of a view are complete; called just before the engine is told. Nothing to do where
+        """The first `length` bytes of a view are complete; called just before the engine is informed. Nothing to do where
         the engine reads them in place."""
 
     def wait(self, index: int) -> None:
