@@ -48,7 +48,7 @@ def check_python(version):
 def check_disk(free, needed_gb):
     if free < needed_gb * 1e9:
         fail(
-            "%.1f GB are free where this checkout lies, the packages need about %d GB: free some space, or clone to "
+            "%.1f GB are free on the disk of this checkout, the packages need about %d GB: free some space, or clone to "
             "another disk" % (free / 1e9, needed_gb)
         )
 

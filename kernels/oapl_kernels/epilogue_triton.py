@@ -140,7 +140,7 @@ def row_gradient(
     ENTROPY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """gradient [rows, V], which starts where logits do and is no wider, = d loss / d logits."""
+    """gradient [rows, V], which starts where logits do and is not wider, = d loss / d logits."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     gradient += row * gradient_stride

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def group_name(process_group: Any) -> str | None:
-    """What a custom op is told about a process group."""
+    """What a custom op knows of a process group."""
     return None if process_group is None else process_group.group_name
 
 

@@ -17,13 +17,11 @@ import numpy as np
 from oapl_engine.inference.options import EngineOptions
 from oapl_engine.inference.protocol import Reply, Request, Sample, Sampling
 from oapl_engine.inference.weight_updates import WeightState, WeightUpdates
-from oapl_engine.weights.control import UpdateReply
 
 logger = logging.getLogger("oapl_engine.inference")
 
 # What vLLM does with its requests. "keep": our own gate holds the samples, and continues them after resume.
 PAUSE_MODES = {"drain": "wait", "abort": "abort", "keep": "abort"}
-METHODS = ("generate", "score", "pause", "resume", "sleep", "wake", "update", "counters")
 
 
 @dataclasses.dataclass
@@ -63,17 +61,27 @@ class EngineServer:
         self.idle = asyncio.Event()
         self.idle.set()
         self._names = 0
+        self.methods: dict[str, Callable[..., Any]] = {
+            "generate": self.generate,
+            "score": self.score,
+            "pause": self.pause,
+            "resume": self.resume,
+            "sleep": self.sleep,
+            "wake": self.wake,
+            "update": self.updates.answer,
+            "counters": self.counters,
+        }
 
     async def answer(self, request: Request, send: Callable[[Reply], None]) -> None:
         """Carry out one request; every request ends in exactly one "result" or "refused"."""
         try:
-            if request.method not in METHODS:
-                raise ValueError(f"unknown method {request.method}; there are: {', '.join(METHODS)}")
+            if request.method not in self.methods:
+                raise ValueError(f"unknown method {request.method}; there are: {', '.join(self.methods)}")
             if request.method == "generate":
                 body = None
                 await self.generate(**request.arguments, send=lambda s: send(Reply(request.id, "sample", s)))
             else:
-                body = await getattr(self, request.method)(**request.arguments)
+                body = await self.methods[request.method](**request.arguments)
         except Exception as error:
             logger.exception("request %s was refused", request.method)
             send(Reply(request.id, "refused", f"{type(error).__name__}: {error}"))
@@ -132,10 +140,6 @@ class EngineServer:
         if tags:  # vLLM would map twice what is awake
             await self.llm.wake_up(tags)
             self.asleep -= set(tags)
-
-    async def update(self, request: dict[str, Any]) -> UpdateReply:
-        """One request of a weight update, carried out or refused with the reason."""
-        return await self.updates.answer(request)
 
     async def counters(self) -> dict[str, Any]:
         """What this incarnation has done, and the version and state of its weights."""

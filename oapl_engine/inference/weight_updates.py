@@ -7,7 +7,17 @@ from typing import Any
 
 import msgspec
 
-from oapl_engine.weights.control import Attest, Bucket, Finish, Init, Inspect, Start, UpdateReply, UpdateRequest
+from oapl_engine.weights.control import (
+    Attest,
+    Bucket,
+    Finish,
+    Init,
+    Inspect,
+    Start,
+    UpdateReply,
+    UpdateRequest,
+    to_fields,
+)
 
 logger = logging.getLogger("oapl_engine.inference")
 
@@ -79,7 +89,7 @@ class WeightUpdates:
     async def _init(self, request: Init) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        await self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=_fields(request)))
+        await self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=to_fields(request)))
 
     async def _start(self, version: int) -> None:
         self.check_still()
@@ -93,7 +103,7 @@ class WeightUpdates:
     async def _bucket(self, request: Bucket) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self.llm.update_weights(WeightTransferUpdateRequest(update_info=_fields(request)))
+        await self.llm.update_weights(WeightTransferUpdateRequest(update_info=to_fields(request)))
 
     async def _finish(self) -> None:
         if self.state.state != "incomplete":
@@ -115,9 +125,3 @@ class CachedBlocksError(RuntimeError):
             "expected": "no blocks of the version before",
             "found": f"{blocks} of them",
         }
-
-
-def _fields(request: UpdateRequest) -> dict[str, Any]:
-    """A request's fields as plain data, without its tag."""
-    fields: dict[str, Any] = msgspec.to_builtins(request)
-    return {name: value for name, value in fields.items() if name != "type"}

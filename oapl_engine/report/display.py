@@ -61,7 +61,7 @@ class Display:
         return table
 
     def _left(self) -> str:
-        """Time left, once a whole window has been seen: its first step waited for all of the window's groups."""
+        """Time left, once a complete window has been seen: its first step waited for all of the window's groups."""
         if len(self.step_seconds) < min(self.window, self.steps):
             return ""
         recent = self.step_seconds[-self.window :]

@@ -183,4 +183,4 @@ class Exit(Command, frozen=True):
 
 
 MESSAGES = (*Event.__subclasses__(), *Command.__subclasses__())
-ANY: Any = functools.reduce(operator.or_, MESSAGES)  # for msgspec: the class is told by "name"
+ANY: Any = functools.reduce(operator.or_, MESSAGES)  # for msgspec: "name" says which class it is

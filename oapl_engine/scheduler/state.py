@@ -102,7 +102,7 @@ class State:
     stopping, exited:   after Stop; after Exit
 
     engines, awake and serving change with the command, not with its answer: an engine that died and came back in
-    between is told apart.
+    between is then not mistaken for one that stayed.
     """
 
     settings: Settings

@@ -2,7 +2,7 @@
 
 Written to a temporary folder, every file hashed and fsynced, the manifest last, then renamed: a kill at any moment
 leaves the earlier checkpoints as they were. A damaged file is named and never used. No pickle: safetensors and JSON.
-What is not the model is in the subfolder `trainer`, because vLLM loads every *.safetensors beside config.json.
+What is not the model is in the subfolder `trainer`, because vLLM loads every *.safetensors next to config.json.
 """
 
 import hashlib

@@ -2,8 +2,8 @@
 
     Init → Start → Bucket … Bucket → Finish → Attest      one publish (Init only when a plan must be recorded)
 
-A bucket's way: Publisher → EngineControl.update → EngineClient → socket → EngineServer.update → vLLM's update_weights →
-the worker's InPlaceUpdate.receive: seven calls, the request is matched in one of them (EngineServer.update).
+A bucket's way: Publisher → EngineControl.update → EngineClient → socket → WeightUpdates.answer → vLLM's update_weights
+→ the worker's InPlaceUpdate.receive: seven calls, the request is matched in one of them (WeightUpdates.answer).
 """
 
 from collections.abc import Sequence
@@ -119,3 +119,9 @@ class EngineControl(Protocol):
     def update(self, request: UpdateRequest) -> UpdateReply:
         """Carry out one request."""
         ...
+
+
+def to_fields(request: UpdateRequest) -> dict[str, Any]:
+    """A request's fields as plain JSON, without its tag."""
+    fields: dict[str, Any] = msgspec.to_builtins(request)
+    return {name: value for name, value in fields.items() if name != "type"}

@@ -9,11 +9,20 @@ import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from oapl_engine.weights.control import Attest, Bucket, Finish, Init, Inspect, Start, UpdateReply, UpdateRequest
+from oapl_engine.weights.control import (
+    Attest,
+    Bucket,
+    Finish,
+    Init,
+    Inspect,
+    Start,
+    UpdateReply,
+    UpdateRequest,
+    to_fields,
+)
 
 # vLLM's own names; unlike our engine process, the server itself keeps requests over a pause.
 PAUSE_MODES = {"drain": "wait", "abort": "abort", "keep": "keep"}
@@ -56,13 +65,13 @@ class StockServer:
     def _carry_out(self, request: UpdateRequest) -> None:
         match request:
             case Init():
-                self._post("/init_weight_transfer_engine", {"init_info": _fields(request)})
+                self._post("/init_weight_transfer_engine", {"init_info": to_fields(request)})
             case Start(version):
                 self.version = version
                 self._collective("abandon_weight_update")
                 self._post("/start_weight_update")
             case Bucket():
-                self._post("/update_weights", {"update_info": _fields(request)})
+                self._post("/update_weights", {"update_info": to_fields(request)})
             case Finish():
                 self._post("/finish_weight_update", {"weight_version": str(self.version)})
             case Attest() | Inspect():
@@ -77,9 +86,3 @@ class StockServer:
         request = urllib.request.Request(self.url + path, content, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=self.timeout_seconds) as reply:
             return json.loads(reply.read() or b"null")
-
-
-def _fields(request: UpdateRequest) -> dict[str, Any]:
-    """A request's fields as plain JSON, without its tag."""
-    fields: dict[str, Any] = msgspec.to_builtins(request)
-    return {name: value for name, value in fields.items() if name != "type"}

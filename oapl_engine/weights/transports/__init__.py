@@ -34,8 +34,8 @@ class Buckets:
         raise NotImplementedError
 
     def send(self, index: int, length: int) -> None:
-        """The first `length` bytes of a view are complete; called just before the engine is told. Nothing to do where
-        the engine reads them in place."""
+        """The first `length` bytes of a view are complete; called just before the engine is informed. Nothing to do
+        where the engine reads them in place."""
 
     def wait(self, index: int) -> None:
         """Until a view may be filled again, after the engine answered; its answer comes after its last read."""

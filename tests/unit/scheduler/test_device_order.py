@@ -148,7 +148,7 @@ class Phased:
             if isinstance(request, Bucket):
                 await self.server.llm.update_weights(request)
                 continue
-            reply = await self.server.update(msgspec.to_builtins(request))
+            reply = await self.server.updates.answer(msgspec.to_builtins(request))
             assert reply.error is None, reply.error
         return e.Published(version)
 
@@ -207,7 +207,7 @@ def test_weights_do_not_arrive_in_memory_that_was_given_back(phased):
     server = phased.server
     asyncio.run(server.pause("drain"))
     asyncio.run(server.sleep(["weights", "kv_cache"]))
-    reply = asyncio.run(server.update(msgspec.to_builtins(Start(0))))
+    reply = asyncio.run(server.updates.answer(msgspec.to_builtins(Start(0))))
     assert "memory was given back" in reply.error
     asyncio.run(server.wake(["weights"]))
     assert set(phased.device.held) == {"weights"}
