@@ -48,8 +48,8 @@ def check_python(version):
 def check_disk(free, needed_gb):
     if free < needed_gb * 1e9:
         fail(
-            "%.1f GB are free on the disk of this checkout, the packages need about %d GB: free some space, or clone to "
-            "another disk" % (free / 1e9, needed_gb)
+            "%.1f GB are free on the disk of this checkout, the packages need about %d GB: free some space, or clone "
+            "to another disk" % (free / 1e9, needed_gb)
         )
 
 

@@ -190,7 +190,7 @@ FIGURES = [
     Figure(
         "two ranks against one: gradients of step 1; update after ten steps",
         _two_ranks,
-        "`python -m pytest tests/unit/trainer/test_ranks.py`",
+        "`python -m pytest tests/live/test_ranks.py`",
     ),
     Figure(
         "phased, L = 32, against sync, L = 1, the same trained tokens: speed on the micro model, SmolLM2-135M",

@@ -32,7 +32,7 @@ def load_object(path: str, field: str) -> Any:
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise ConfigError(
             f'{field} = "{path}" cannot be loaded: {error}; write "package.module:name" of something that Python can '
             "import from here (PYTHONPATH)"

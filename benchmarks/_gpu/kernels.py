@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
-from oapl_kernels import linear_logprob, sequence_sum, weight_pack
+from oapl_kernels import linear_logprob, sequence_sum, testing, weight_pack
 from oapl_kernels.objectives import grpo, oapl
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks import kernels as contest
+from benchmarks import _contestants as contest
 from benchmarks._gpu.report import DEVICE, DRY, FLOAT, HALF, median_seconds, peak_megabytes, write_row
+from benchmarks.kernels import seconds
 from tests.support import head_reference
 
 CHUNK = 4096  # rows of the chunks that torch.compile gets
@@ -21,18 +22,16 @@ SPEED_SHAPES = (("8192x2560x151936", 16), ("16384x576x49152", 32), ("32768x2560x
 
 def check_kernels() -> None:
     """The promise of docs/kernels.md on this device: an error against float64 of at most twice torch's own."""
-    from oapl_kernels import launches, scratch
-
-    scratch.POISON = True
+    testing.POISON = True
     comparisons, failures = 0, []
     try:
         for failure in _compare_heads():
             comparisons += 1
             failures += [failure] if failure else []
     finally:
-        scratch.POISON = False
+        testing.POISON = False
     failures += [*_check_packing(), *_check_sequence_sum()]
-    write_row("kernels", comparisons=comparisons, failures=failures, launches=dict(launches.LAUNCHES))
+    write_row("kernels", comparisons=comparisons, failures=failures, launches=dict(testing.LAUNCHES))
 
 
 def _compare_heads() -> Iterator[str]:
@@ -72,7 +71,7 @@ def _check_packing() -> Iterator[str]:
         for dtype in (FLOAT, HALF):
             source, place = torch.randn(count, device=DEVICE), torch.zeros(count, dtype=dtype, device=DEVICE)
             low, high, nonfinite = (int(value) & 0xFFFFFFFF for value in weight_pack.pack(source, place).cpu())
-            expected = weight_pack.checksum(source.to(dtype).cpu())
+            (expected,) = weight_pack.checksum_all([source.to(dtype).cpu()])
             if (low | high << 32) != expected or nonfinite or not torch.equal(place, source.to(dtype)):
                 yield f"pack of {count} {dtype}"
 
@@ -103,7 +102,7 @@ def _measure_shape(shape: str, sequences: int, rate: float) -> None:
     def compiled(p: contest.Problem) -> Tensor:
         pieces = zip(p.hidden.split(CHUNK), p.target.split(CHUNK), strict=True)
         parts = [checkpoint(chunk, hidden, p.weight, target, use_reentrant=False) for hidden, target in pieces]
-        return contest.of_logprob(p, torch.cat(parts))
+        return contest.grpo_loss(p, torch.cat(parts))
 
     functions = {"products": contest.products, **contest.contestants(), "torch.compile chunked": compiled}
     if tokens * vocabulary > NAIVE_LIMIT:
@@ -125,11 +124,11 @@ def _measure_loss(
     shape: str, name: str, function: Callable[..., object], problem: contest.Problem, at_peak: float
 ) -> None:
     def run() -> object:
-        return contest.seconds(function, problem)
+        return seconds(function, problem)
 
-    seconds = median_seconds(run, 5)
+    taken = median_seconds(run, 5)
     peak = peak_megabytes(run)
-    write_row("speed", shape=shape, what=name, ms=seconds * 1e3, share=at_peak / seconds, peak_mb=peak)
+    write_row("speed", shape=shape, what=name, ms=taken * 1e3, share=at_peak / taken, peak_mb=peak)
 
 
 def _measure_rows(target: Tensor, vocabulary: int) -> None:

@@ -14,7 +14,7 @@ from oapl_engine.rewards import VerifierPool
 from tests.conftest import ROOT
 from tests.support.readme import COMMANDS, OWN_RUN, TEXT, write_own_files
 
-# Run elsewhere: make by CI and a person, two ranks by trainer/test_ranks.py, eval by evaluation/test_compare.py, the
+# Run elsewhere: make by CI and a person, two ranks by tests/live/test_ranks.py, eval by evaluation/test_compare.py, the
 # run on own data by tests/live/test_readme.py.
 ELSEWHERE = ("make ", "torchrun ", "oapl eval ", OWN_RUN)
 

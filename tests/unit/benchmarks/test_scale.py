@@ -10,7 +10,7 @@ from benchmarks._machine import fit_machine
 from oapl_engine.scheduler import events as e
 from tests.conftest import ROOT
 
-RECORDED = ROOT / "tests" / "scheduler" / "recorded"
+RECORDED = ROOT / "tests" / "unit" / "scheduler" / "recorded"
 
 
 @pytest.fixture

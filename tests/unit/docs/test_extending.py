@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ def test_the_objective_is_what_its_docstring_says(example):
 def test_the_reward_is_computed_in_a_process_that_is_killed_in_time(example):
     reward = recipe_of(example("A reward").tables).reward
     items = [(text, {"answer": "42"}) for text in ("The answer is 42", "41", "nothing", "")]
-    with VerifierPool(reward.workers, reward.timeout_seconds, reward.memory_mb) as pool:
+    with closing(VerifierPool(reward.workers, reward.timeout_seconds, reward.memory_mb)) as pool:
         verdicts = pool.verify_many(reward.name, items, reward.options)
         unusable = pool.verify_many(reward.name, [("1", {})], reward.options)
     assert [verdict.reward for verdict in verdicts] == [1.0, 0.8, 0.0, 0.0]
