@@ -198,12 +198,8 @@ def test_ten_dead_engines_are_noticed_and_replaced(words, tmp_path, oapl, figure
     while len(noticed) < 10:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
-        messages = (
-            [message for _, message in driver.read_record(run / "events.jsonl")]
-            if (run / "events.jsonl").exists()
-            else []
-        )
-        if sum(isinstance(m, e.Submit) for _, m in messages) > submits and isinstance(messages[-1][1], e.Submit):
+        messages = read_messages(run)
+        if sum(isinstance(m, e.Submit) for m in messages) > submits and isinstance(messages[-1], e.Submit):
             found = [p for p in psutil.Process(process.pid).children() if "engine_process" in " ".join(p.cmdline())]
             killed = time.time()
             found[0].kill()
@@ -211,7 +207,7 @@ def test_ten_dead_engines_are_noticed_and_replaced(words, tmp_path, oapl, figure
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
             noticed.append(lost[0] - killed)
-            submits = sum(isinstance(m, e.Submit) for m in driver.read_record(run / "events.jsonl")) + 1
+            submits = sum(isinstance(m, e.Submit) for m in read_messages(run)) + 1
         time.sleep(0.01)
     _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
@@ -223,10 +219,15 @@ def test_ten_dead_engines_are_noticed_and_replaced(words, tmp_path, oapl, figure
     assert sum(ledger.values()) == max(last["tokens/engine"], last["tokens/generated"] + ledger["evaluation"])
     assert ledger["trained"] > 0
     assert trained_twice(oapl, run) == []
-    messages = [message for _, message in driver.read_record(run / "events.jsonl")]
+    messages = read_messages(run)
     assert driver.replay(State(Settings.from_recipe(load_recipe(run / "config.toml"))), messages) == [
         m for m in messages if isinstance(m, e.Command)
     ]
+
+
+def read_messages(run):
+    record = run / "events.jsonl"
+    return [message for _, message in driver.read_record(record)] if record.exists() else []
 
 
 def lost_since(run, when):

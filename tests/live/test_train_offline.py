@@ -18,10 +18,11 @@ from oapl_kernels.objectives import OBJECTIVES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oapl_engine.config import load_recipe
+from oapl_engine.distributed import ALONE
 from oapl_engine.errors import ConfigError
-from oapl_engine.orchestrator.learner import open_learner
-from oapl_engine.report.display import Display
-from oapl_engine.report.metrics import KEYS, read_metrics
+from oapl_engine.orchestrator.learner import Learner
+from oapl_engine.orchestrator.run import open_run
+from oapl_engine.report.metrics import METRICS, read_metrics
 from oapl_engine.rollout_log.journal import Journal
 from oapl_engine.train import run_recipe
 from oapl_engine.trainer.checkpoint import load_newest
@@ -47,7 +48,7 @@ def test_the_loss_falls_and_the_checkpoint_loads_in_transformers(oapl, arguments
     assert last == f"done: steps=24 pass@1 before=- after=- run={tmp_path / 'run'}"
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 25))
-    assert all(key in row for row in rows for key in KEYS)
+    assert all(key in row for row in rows for key in METRICS)
     first, final = (sum(row["loss"] for row in part) / 6 for part in (rows[:6], rows[-6:]))
     figure("loss, first and last epoch", [first, final])
     assert final < 0.9 * first
@@ -111,8 +112,9 @@ def test_a_resumed_learner_knows_the_version_that_serves(arguments, tmp_path):
     journal = Journal(tmp_path / "run" / "journal.sqlite")
     for version in (0, 3):
         journal.published(version, 1, "hash", 0)
-    learner = open_learner(recipe, recipe.model, tmp_path / "run", Display(1))
-    assert (learner.step, learner.version) == (1, 3)
+    with open_run(recipe, ALONE) as run:
+        Learner.open(run)
+        assert (run.step, run.version) == (1, 3)
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_exits_with_130(oapl, arguments, tmp_path):
