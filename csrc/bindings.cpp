@@ -5,9 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "epilogue.h"
-#include "matmul.h"
-#include "weights.h"
+#include "kernels.h"
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
@@ -18,59 +16,38 @@ static T* at(Address address) {
 }
 
 PYBIND11_MODULE(_cpu, module) {
-  module.doc() = "CPU kernels; see oapl_kernels.epilogue_cpu and oapl_kernels.weight_pack.";
+  module.doc() = "CPU kernels; see oapl_kernels.epilogue_cpu, .matmul and .weight_pack.";
 
   py::class_<oapl::Logits>(module, "Logits")
       .def(py::init([](Address data, int64_t stride, int64_t rows, int64_t vocabulary, Address target,
                        float temperature, float softcap) {
-             return oapl::Logits{at<float>(data), stride,      rows,   vocabulary,
-                                 at<const int64_t>(target), temperature, softcap};
-           }),
-           py::arg("data"), py::arg("stride"), py::arg("rows"), py::arg("vocabulary"), py::arg("target"),
-           py::arg("temperature"), py::arg("softcap"));
+             const oapl::Scale scale{1.f / temperature, softcap, softcap > 0 ? 1.f / softcap : 0.f};
+             return oapl::Logits{at<float>(data), stride, rows, vocabulary, at<const int64_t>(target), scale};
+           }));
 
-  module.def(
-      "statistics",
-      [](const oapl::Logits& logits, Address out, int64_t out_stride, int threads) {
-        py::gil_scoped_release release;
-        oapl::statistics(logits, {at<float>(out), out_stride}, threads);
-      },
-      py::arg("logits"), py::arg("out"), py::arg("out_stride"), py::arg("threads"));
+  const py::call_guard<py::gil_scoped_release> without_lock;
+  module.def("statistics", [](const oapl::Logits& logits, Address out, int64_t out_stride, int threads) {
+    oapl::statistics(logits, {at<float>(out), out_stride}, threads);
+  }, without_lock);
+  module.def("gradient", [](const oapl::Logits& logits, Address statistics, int64_t statistics_stride,
+                            Address coefficient, Address entropy_coefficient, bool bf16, int threads) {
+    oapl::gradient(logits, {at<float>(statistics), statistics_stride},
+                   {at<const float>(coefficient), at<const float>(entropy_coefficient)}, bf16, threads);
+  }, without_lock);
+  module.def("accumulate", [](Address sums, Address products, int64_t count, bool add, int threads) {
+    oapl::accumulate(at<float>(sums), at<const uint16_t>(products), count, add, threads);
+  }, without_lock);
 
-  module.def(
-      "gradient",
-      [](const oapl::Logits& logits, Address statistics, int64_t statistics_stride, Address coefficient,
-         Address entropy_coefficient, bool bf16, int threads) {
-        py::gil_scoped_release release;
-        oapl::gradient(logits, {at<float>(statistics), statistics_stride},
-                       {at<const float>(coefficient), at<const float>(entropy_coefficient)}, bf16, threads);
-      },
-      py::arg("logits"), py::arg("statistics"), py::arg("statistics_stride"), py::arg("coefficient"),
-      py::arg("entropy_coefficient"), py::arg("bf16"), py::arg("threads"));
-
-  module.def(
-      "accumulate",
-      [](Address sums, Address products, int64_t count, bool add, int threads) {
-        py::gil_scoped_release release;
-        oapl::accumulate(at<float>(sums), at<const uint16_t>(products), count, add, threads);
-      },
-      py::arg("sums"), py::arg("products"), py::arg("count"), py::arg("add"), py::arg("threads"));
-
-  module.def("multiplies", &oapl::multiplies, py::arg("bf16"));
-  module.def(
-      "multiply",
-      [](Address left, std::pair<int64_t, int64_t> left_strides, Address right, std::pair<int64_t, int64_t> right_strides,
-         Address out, int64_t out_stride, int64_t rows, int64_t columns, int64_t depth, bool add, bool bf16,
-         int threads) {
-        py::gil_scoped_release release;
-        oapl::multiply({{at<const void>(left), left_strides.first, left_strides.second},
-                        {at<const void>(right), right_strides.first, right_strides.second},
-                        rows, columns, depth, at<float>(out), out_stride, add},
-                       bf16, threads);
-      },
-      py::arg("left"), py::arg("left_strides"), py::arg("right"), py::arg("right_strides"), py::arg("out"),
-      py::arg("out_stride"), py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("add"), py::arg("bf16"),
-      py::arg("threads"));
+  using Strides = std::pair<int64_t, int64_t>;
+  module.def("multiplies", &oapl::multiplies);
+  module.def("multiply", [](Address left, Strides left_strides, Address right, Strides right_strides, Address out,
+                            int64_t out_stride, int64_t rows, int64_t columns, int64_t depth, bool add, bool bf16,
+                            int threads) {
+    oapl::multiply({{at<const void>(left), left_strides.first, left_strides.second},
+                    {at<const void>(right), right_strides.first, right_strides.second},
+                    rows, columns, depth, at<float>(out), out_stride, add},
+                   bf16, threads);
+  }, without_lock);
 
   py::class_<oapl::Seeds>(module, "Seeds").def(py::init<uint32_t, uint32_t>());
   py::enum_<oapl::Format>(module, "Format")
@@ -85,20 +62,18 @@ PYBIND11_MODULE(_cpu, module) {
       .def(py::init([](Address source, oapl::Format from, Address payload, oapl::Format to, int64_t count) {
         return oapl::Cast{at<const void>(source), from, at<void>(payload), to, count};
       }));
-  py::class_<oapl::Copy>(module, "Copy").def(py::init([](Address source, Address destination, int64_t count, int bytes) {
-    return oapl::Copy{at<const void>(source), at<void>(destination), count, bytes};
+  py::class_<oapl::Copy>(module, "Copy").def(py::init([](Address source, Address to, int64_t count, int bytes) {
+    return oapl::Copy{at<const void>(source), at<void>(to), count, bytes};
   }));
   py::class_<oapl::Digest>(module, "Digest")
       .def_readonly("h0", &oapl::Digest::h0)
       .def_readonly("h1", &oapl::Digest::h1)
       .def_readonly("nonfinite", &oapl::Digest::nonfinite);
+  module.def("checksum", &oapl::checksum, without_lock);
+  module.def("pack", &oapl::pack, without_lock);
+  module.def("copy_and_count_changes", &oapl::copy_and_count_changes, without_lock);
 
-  const py::call_guard<py::gil_scoped_release> without_lock;
-  module.def("checksum", &oapl::checksum, py::arg("spans"), py::arg("seeds"), py::arg("threads"), without_lock);
-  module.def("pack", &oapl::pack, py::arg("casts"), py::arg("seeds"), py::arg("threads"), without_lock);
-  module.def("copy_and_count_changes", &oapl::copy_and_count_changes, py::arg("copies"), py::arg("threads"), without_lock);
-
-  module.def("instruction_set", &oapl::instruction_set);
+  module.def("instruction_set", [] { return oapl::instruction_set().name; });
   module.def("select_instruction_set", [](const std::string& name) {
     if (!oapl::select_instruction_set(name.c_str()))
       throw py::value_error("instruction set is '" + name +

@@ -1,6 +1,6 @@
 // Both operands are packed, block by block, into strips of 16 rows: a word of 32 bits (one float, or two neighbours in
 // bf16) of each row, then the next word. A tile of 8 x 48 sums stays in registers while it walks along the depth.
-#include "matmul.h"
+#include "kernels.h"
 
 #include <algorithm>
 #include <cstring>
@@ -9,7 +9,6 @@
 #include <stdexcept>
 #include <vector>
 
-#include "epilogue.h"
 #include "parallel.h"
 
 #if defined(__x86_64__)
@@ -136,29 +135,24 @@ void tile(const uint32_t* left, const uint32_t* right, int64_t words, float* out
 #pragma GCC pop_options
 
 // Memory of two packed blocks, kept for the next call: fresh pages cost more than packing.
-class Scratch {
+std::mutex pool_mutex;
+std::vector<std::unique_ptr<Words[]>> pool;
+
+class Workspace {
  public:
-  Scratch() {
-    std::lock_guard<std::mutex> lock(mutex());
-    if (spare().empty()) spare().emplace_back(new Words[2 * BLOCK / LANES * DEPTH + LANES]);
-    memory_ = std::move(spare().back());
-    spare().pop_back();
+  Workspace() {
+    std::lock_guard<std::mutex> lock(pool_mutex);
+    if (pool.empty()) pool.emplace_back(new Words[2 * BLOCK / LANES * DEPTH + LANES]);
+    memory_ = std::move(pool.back());
+    pool.pop_back();
   }
-  ~Scratch() {
-    std::lock_guard<std::mutex> lock(mutex());
-    spare().push_back(std::move(memory_));
+  ~Workspace() {
+    std::lock_guard<std::mutex> lock(pool_mutex);
+    pool.push_back(std::move(memory_));
   }
   uint32_t* block(int index) { return reinterpret_cast<uint32_t*>(memory_.get() + index * BLOCK / LANES * DEPTH); }
 
  private:
-  static std::mutex& mutex() {
-    static std::mutex mutex;
-    return mutex;
-  }
-  static std::vector<std::unique_ptr<Words[]>>& spare() {
-    static std::vector<std::unique_ptr<Words[]>> spare;
-    return spare;
-  }
   std::unique_ptr<Words[]> memory_;
 };
 
@@ -175,8 +169,8 @@ void pack(const Operand& operand, int64_t start, int64_t count, int64_t k, int64
 template <typename T>
 void multiply_block(const Product& p, int64_t row, int64_t rows, int64_t column, int64_t columns) {
   constexpr int EACH = sizeof(uint32_t) / sizeof(T);
-  Scratch scratch;
-  uint32_t *left = scratch.block(0), *right = scratch.block(1);
+  Workspace workspace;
+  uint32_t *left = workspace.block(0), *right = workspace.block(1);
   const int64_t pieces = std::max<int64_t>(1, (p.depth + DEPTH * EACH - 1) / (DEPTH * EACH));
   const int64_t step = ((p.depth + pieces - 1) / pieces + EACH - 1) / EACH * EACH;
   for (int64_t piece = 0; piece < pieces; piece++) {
@@ -209,16 +203,14 @@ void multiply_as(const Product& p, int threads) {
 }  // namespace
 
 bool multiplies(bool bf16) {
-  return std::strcmp(instruction_set(), "avx512_bf16") == 0 || (!bf16 && std::strcmp(instruction_set(), "avx512") == 0);
+  return bf16 ? instruction_set().multiplies_bf16 : instruction_set().multiplies_float;
 }
 
 void multiply(const Product& product, bool bf16, int threads) {
   if (!multiplies(bf16)) throw std::runtime_error("this processor, or the instruction set selected, cannot");
   if (product.rows == 0 || product.columns == 0) return;
-  if (bf16)
-    multiply_as<uint16_t>(product, threads);
-  else
-    multiply_as<float>(product, threads);
+  const auto multiply_all = bf16 ? multiply_as<uint16_t> : multiply_as<float>;
+  multiply_all(product, threads);
 }
 
 }  // namespace oapl

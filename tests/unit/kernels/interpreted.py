@@ -21,6 +21,10 @@ from tests.support.head_reference import (
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, on -inf minus -inf in a lane not taken
 
 
+SHORT = ("one token", "smallest head", "softcap", "wider than a block")  # the interpreter takes seconds per case
+CASES = [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in ODD]
+
+
 @pytest.fixture(autouse=True)
 def launched(request, monkeypatch):
     """Each test names the kernels it must have launched."""
@@ -35,20 +39,21 @@ def launched(request, monkeypatch):
 
 @pytest.mark.launches("row_statistics", "row_gradient", "sum_sequence")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", CASES)
 def test_odd_cases_of_the_policy_loss(name, dtype):
     compare(fused, lambda seed: odd_case(name, oapl(0.05), seed, dtype), dtype, backend="triton")
 
 
 @pytest.mark.launches("row_gradient", "sum_sequence")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", CASES)
 def test_odd_cases_of_log_probs(name, dtype):
     """fp32 logits come from the library, those of half precision are never in memory (score_tile)."""
     compare(through_logprob, lambda seed: odd_case(name, oapl(0.05), seed, dtype), dtype, backend="triton")
     assert LAUNCHES["score_tile" if dtype != torch.float32 else "row_statistics"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.launches("row_gradient")
 def test_bf16_rows_in_place(monkeypatch):
     """As on a GPU: the bf16 gradient over its own fp32 logits."""

@@ -24,7 +24,7 @@ def test_the_spill_count_can_be_other_than_zero(monkeypatch):
 
 
 @pytest.mark.parametrize("target", ["cuda80", "cuda90", "cuda100"])
-def test_the_in_place_gradient_waits_between_reading_and_overwriting(target):
+def test_in_place_gradient_waits_before_overwriting(target):
     order = re.findall(r"\b(LDG\.E\.128|BAR\.SYNC|STG\.E\.128)", row_gradient(target, False, False, "*bf16").assembly)
     reads = [index for index, name in enumerate(order) if name == "LDG.E.128"]
     writes = [index for index, name in enumerate(order) if name == "STG.E.128"]

@@ -113,7 +113,8 @@ def test_a_second_derivative_is_refused():
         gradient.sum().backward()
 
 
-def test_a_compiled_training_step_breaks_at_the_policy_loss_and_is_unchanged():
+def test_compiled_step_breaks_once_and_is_unchanged():
+    """The break is at the policy loss."""
     layer, weight = torch.nn.Linear(16, 16), torch.nn.Parameter(torch.randn(50, 16))
     inputs, target, offsets = torch.randn(12, 16), torch.randint(0, 50, (12,)), torch.tensor([0, 5, 12])
 

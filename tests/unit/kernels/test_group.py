@@ -20,7 +20,8 @@ def test_golden_values_of_the_paper(correct, value):
     rewards=st.lists(st.lists(st.floats(-5, 5), min_size=1, max_size=6), min_size=1, max_size=4),
     beta1=st.sampled_from([1e-3, 0.1, 1.0, 30.0, 1e6, math.inf]),
 )
-def test_value_is_the_published_formula_and_lies_between_mean_and_maximum(rewards, beta1):
+def test_group_value_is_the_published_formula(rewards, beta1):
+    """And it is between the mean and the maximum."""
     cu_groups = torch.tensor([0, *torch.tensor([len(group) for group in rewards]).cumsum(0)])
     value = group_value(torch.tensor([r for group in rewards for r in group], dtype=torch.float64), cu_groups, beta1)
     for found, group in zip(value, rewards, strict=True):
@@ -34,7 +35,8 @@ def test_value_is_the_published_formula_and_lies_between_mean_and_maximum(reward
             assert float(found) == pytest.approx(mean, abs=2e-5)
 
 
-def test_large_beta1_keeps_its_digits_where_the_plain_formula_loses_them():
+def test_group_value_large_beta1_keeps_its_digits():
+    """The plain formula loses them."""
     reward = torch.tensor([0.0, 1.0, 0.0, 0.0])
     plain = 1e7 * (torch.logsumexp(reward / 1e7, 0) - math.log(4))
     assert float(group_value(reward, GROUP, 1e7)) == pytest.approx(0.25, abs=1e-6)

@@ -5,12 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT
 
 FOLDER = Path(__file__).parent
 
 
-def test_every_kernel_through_the_public_api():
+@pytest.mark.parametrize("selection", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_every_kernel_through_the_public_api(selection):
     command = [
         sys.executable,
         "-m",
@@ -18,7 +21,9 @@ def test_every_kernel_through_the_public_api():
         "-p",
         "no:cacheprovider",
         "-o",
-        "markers=launches",
+        "markers=launches\nslow",
+        "-m",
+        selection,
         str(FOLDER / "interpreted.py"),
     ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -49,7 +49,7 @@ def test_scoring_is_one_product_and_training_three_more(training, units):
     assert meter.flops == units * 40 * 16 * 64
 
 
-def test_minus_infinity_in_the_bias_closes_a_part_of_the_vocabulary():
+def test_bias_of_minus_infinity_closes_part_of_the_vocabulary():
     hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
     bias = torch.zeros(20)
     bias[12:] = -torch.inf

@@ -184,7 +184,8 @@ def test_bad_arguments_are_named(make, message):
         make()
 
 
-def test_uncorrected_grpo_has_the_gradient_of_samples_taken_for_its_own():
+def test_uncorrected_grpo_takes_samples_for_its_own():
+    """Its gradient is that of on-policy samples, whatever generated them."""
     logprob, inputs = batch()
     logprob.requires_grad_()
     (found,) = torch.autograd.grad(grpo(corrected=False).fn(logprob, inputs), logprob)

@@ -75,7 +75,7 @@ def test_bf16_products_as_on_hardware_that_has_them(monkeypatch, backend):
         compare(oapl(0.05), lengths, torch.bfloat16, backend=backend)
 
 
-def test_the_claim_fails_when_the_gradient_is_off_by_a_thousandth(monkeypatch):
+def test_the_claim_fails_with_a_gradient_off_by_a_thousandth(monkeypatch):
     right = head.Head.gradient
     monkeypatch.setattr(head.Head, "gradient", lambda self, z, y, s, a, e: right(self, z, y, s, a * 1.001, e))
     with pytest.raises(AssertionError, match="torch's own"):
@@ -90,15 +90,15 @@ def test_the_claim_fails_with_bf16_logits(monkeypatch):
         compare(oapl(0.05), LENGTHS["whole"], torch.float32)
 
 
-def test_a_sequence_cut_by_a_chunk_without_deferring_would_be_caught(monkeypatch):
-    """Treat the pieces of a long sequence as if they were sequences of their own: the comparison must notice."""
+def test_the_claim_fails_when_a_long_sequence_does_not_wait(monkeypatch):
+    """With scope "sequence", the derivative of an early piece is not known before the last one."""
     monkeypatch.setattr(single_pass.SinglePass, "_long_sequence", single_pass.SinglePass._long_token)
     with pytest.raises(AssertionError, match="torch's own"):
         compare(oapl(0.05), LENGTHS["long"], torch.float32)
 
 
 @pytest.mark.parametrize("length", [40, 200])
-def test_a_deferred_sequence_waits_as_rows_or_as_one_accumulator(length, monkeypatch):
+def test_long_sequence_waits_as_rows_or_as_one_accumulator(length, monkeypatch):
     """fp32 rows are cheaper up to D tokens; both forms give the gradient of the undivided sequence."""
     made = []
     start = single_pass.UnscaledGradient.__init__
@@ -115,7 +115,7 @@ def test_a_deferred_sequence_waits_as_rows_or_as_one_accumulator(length, monkeyp
         torch.testing.assert_close(deferred[name], value, rtol=1e-10, atol=1e-12)
 
 
-def test_everything_masked_gives_no_gradient_and_the_constant_loss():
+def test_everything_masked_gives_a_constant_and_no_gradient():
     case = make_case(oapl(0.05), [4, 40, 3], 0, torch.float32)
     case = replace(case, inputs=replace(case.inputs, mask=torch.zeros(47, dtype=torch.uint8)))
     found = fused(case, chunk_tokens=CHUNK, backend="torch")
@@ -231,7 +231,7 @@ def test_upstream_gradient_scales_what_is_handed_out():
         torch.testing.assert_close(one, other)
 
 
-def test_weight_grad_refuses_an_upstream_gradient_it_cannot_apply():
+def test_weight_grad_refuses_an_upstream_gradient_other_than_1():
     case = make_case(oapl(0.05), [4], 0, torch.float32)
     loss = call(case, hidden=case.hidden.requires_grad_(), weight_grad=torch.zeros_like(case.weight)).loss
     with pytest.raises(ValueError, match=r"gradient of loss is 0.5 with weight_grad given; allowed: 1"):
@@ -259,7 +259,8 @@ def test_operations_are_the_fewest_possible(lengths, dtype, train_hidden, train_
 
 
 @pytest.mark.parametrize(("depth", "entropy", "units"), [(128, 0.0, 6), (16, 0.0, 10), (128, 0.01, 10)])
-def test_a_kl_penalty_on_a_deferred_sequence_costs_nothing_where_rows_wait(depth, entropy, units):
+def test_kl_penalty_costs_nothing_where_rows_wait(depth, entropy, units):
+    """On a sequence longer than a chunk; with an accumulator it has gradient products of its own."""
     case = make_case(with_reference_kl(oapl(0.05), 0.1), [128], 0, torch.float32, depth=depth, vocabulary=64)
     with Products() as meter:
         call(
@@ -304,7 +305,8 @@ def test_any_callable_is_an_objective():
     compare(Objective("squared", "token", squared), LENGTHS["long"], torch.float32)
 
 
-def test_a_callable_that_lies_about_its_scope_is_refused_where_it_would_matter():
+def test_objective_with_a_wrong_scope_is_refused():
+    """Where it would matter: on a sequence longer than a chunk."""
     case = make_case(Objective("liar", "sequence", lambda lp, i: (lp.square() * i.mask).sum()), [200], 0, torch.float32)
     with pytest.raises(
         ValueError, match=r"objective 'liar' has scope 'sequence' but its derivative varies.*chunk_tokens >= 200"
@@ -332,7 +334,7 @@ def test_non_contiguous_inputs():
         torch.testing.assert_close(value, plain[name], rtol=1e-5, atol=1e-6)
 
 
-def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_master_one():
+def test_autocast_computes_in_bf16_with_fp32_gradients():
     case = make_case(oapl(0.05), LENGTHS["long"], 0, torch.float32)
     hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -5,7 +5,8 @@ import sys
 from tests.conftest import PROGRAMS
 
 
-def test_a_vocabulary_sharded_over_two_ranks_gives_the_same_loss_and_gradients(tmp_path):
+def test_vocabulary_over_two_ranks_gives_the_same_results(tmp_path):
+    """Loss, log-probs and gradients of a sharded head."""
     script = PROGRAMS / "vocabulary_rank.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ranks = [
