@@ -153,13 +153,15 @@ class OptimizerConfig:
 class WeightsConfig:
     """Trainer to live engines."""
 
+    MOVED: ClassVar = {"golden_prompts": "is now weights.probe_prompts"}
+
     transport: str = setting(
         "auto",
         "memfd | file | gloo | nccl | cuda_ipc | package.module:transport; auto: cuda_ipc where there is CUDA, else "
         "memfd; nccl and cuda_ipc need CUDA",
     )
     bucket_mb: int = setting(64, "MiB of one of the two transfer buckets", ge=1)
-    golden_prompts: int = setting(4, "prompts whose log-probs attest that the new weights are used", ge=1)
+    probe_prompts: int = setting(4, "prompts whose log-probs attest that the new weights are used", ge=1)
 
 
 @dataclass(frozen=True, config=STRICT)

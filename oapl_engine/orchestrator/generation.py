@@ -49,7 +49,7 @@ def open_generation(run: Run, policy: Policy, events: EngineEvents) -> Iterator[
         stack.callback(report_dropped, run, task, data.max_prompt_tokens)
         log_path = run.directory / f"engine{run.ranks.suffix}.log"
         session = stack.enter_context(EngineSession(options, log_path, scorer, events.fail, events.lost))
-        probes = [task.prompt(position) for position in range(recipe.weights.golden_prompts)]
+        probes = [task.prompt(position) for position in range(recipe.weights.probe_prompts)]
         weight_sync = WeightSync(run, session, policy, events, probes)
         stack.callback(weight_sync.close)
         session.after_restart.append(events.ready)  # last: weights can be published to the new process by now
