@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 
@@ -14,8 +15,8 @@ from oapl_engine.rewards import VerifierPool
 from tests.conftest import ROOT
 from tests.support.readme import COMMANDS, OWN_RUN, TEXT, write_own_files
 
-# Run elsewhere: make by CI and a person, two ranks by tests/live/test_ranks.py, eval by evaluation/test_compare.py, the
-# run on own data by tests/live/test_readme.py.
+# Run elsewhere: make by CI and a person, two ranks by tests/live/test_ranks.py, eval by tests/live/test_evaluation.py,
+# the run on own data by tests/live/test_readme.py.
 ELSEWHERE = ("make ", "torchrun ", "oapl eval ", OWN_RUN)
 
 
@@ -84,6 +85,6 @@ def test_readme_own_data_and_reward(tmp_path, monkeypatch):
     assert len(task.held_out) == recipe.data.held_out
     assert task.prompt(0).record.keys() == {"answer"}
     items = [(text, problem) for text in (f"{problem['answer']}\n", "-100", "no idea")]
-    with VerifierPool() as pool:
+    with closing(VerifierPool()) as pool:
         verdicts = pool.verify_many(recipe.reward.name, items, recipe.reward.options)
     assert [verdict.reward for verdict in verdicts] == [1.0, 0.1, 0.0]

@@ -10,7 +10,7 @@ from oapl_engine.errors import ConfigError
 from oapl_engine.report.display import Display
 from oapl_engine.report.figure import plot_run
 from oapl_engine.report.gantt import merged, plot_gantt, work_spans
-from oapl_engine.report.metrics import METRICS, MetricsWriter, read_metrics
+from oapl_engine.report.metrics import METRICS, RENAMED, MetricsWriter, read_metrics
 from oapl_engine.stopwatch import Stopwatch
 
 
@@ -24,6 +24,17 @@ def test_every_key_is_written_and_nan_becomes_null(tmp_path):
 def test_a_key_that_is_not_in_the_schema_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="lossy"):
         MetricsWriter(tmp_path).write({"step": 1, "lossy": 0.1})
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_old_metric_names_are_refused_with_the_new(tmp_path, old, new):
+    """When writing, and when reading the file of a run of version 0.1."""
+    assert new in METRICS
+    with pytest.raises(ValueError, match=f"{old} is now {re.escape(new)}"):
+        MetricsWriter(tmp_path).write({"step": 1, old: 0.1})
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, old: 0.1}) + "\n")
+    with pytest.raises(ConfigError, match=f"0.1: {old} is now {re.escape(new)}"):
+        read_metrics(tmp_path / "metrics.jsonl")
 
 
 def test_a_step_written_twice_counts_once(tmp_path):
