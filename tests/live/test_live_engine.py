@@ -184,7 +184,8 @@ def test_nothing_listens_beyond_loopback(engine):
     assert set(listening) <= {"127.0.0.1", "::1"}
 
 
-def test_a_killed_engine_is_noticed_its_calls_fail_and_a_restart_serves(micro_checkpoint, tmp_path, nothing_left):
+def test_a_killed_engine_is_noticed_and_a_restart_serves(micro_checkpoint, tmp_path, nothing_left):
+    """A killed engine is noticed its calls fail and a restart serves."""
     lost = threading.Event()
     engine = Engine(options(micro_checkpoint), tmp_path / "engine.log", on_lost=lambda e: lost.set())
     collector = Collector(engine.client)
@@ -241,7 +242,8 @@ def test_an_engine_dies_with_its_killed_owner_and_leaves_nothing(micro_checkpoin
     nothing_left(owner.pid, pid)
 
 
-def test_a_model_that_cannot_be_loaded_is_an_error_with_the_end_of_the_log(tmp_path, nothing_left):
+def test_a_model_that_cannot_be_loaded_shows_the_log(tmp_path, nothing_left):
+    """A model that cannot be loaded is an error with the end of the log."""
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "nonsense"}')
     with pytest.raises(EngineStartError, match="nonsense"):
         Engine(options(tmp_path), tmp_path / "engine.log")

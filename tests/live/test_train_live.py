@@ -150,7 +150,8 @@ def test_ctrl_c_checkpoints_leaves_nothing_and_goes_on(words, tmp_path, oapl):
     assert trained_twice(oapl, tmp_path / "run") == []
 
 
-def test_a_dead_engine_is_replaced_and_the_run_ends_with_the_accounts_right(words, tmp_path, oapl):
+def test_a_dead_engine_is_replaced_and_no_token_is_lost(words, tmp_path, oapl):
+    """A dead engine is replaced and the run ends with the accounts right."""
     run = tmp_path / "run"
     process = start([*words, "--sampling.max_new_tokens", "32"])
     deadline = time.monotonic() + 300

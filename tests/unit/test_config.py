@@ -149,7 +149,8 @@ def test_the_command_line_says_it_in_one_line(refused, recipe):
     refused("holds no rollouts", "rollouts", "nowhere")
 
 
-def test_overrides_beat_the_file_and_the_resolved_recipe_round_trips(recipe, tmp_path):
+def test_overrides_beat_the_file_and_recipes_round_trip(recipe, tmp_path):
+    """Overrides beat the file and the resolved recipe round trips."""
     first = config.load_recipe(recipe(), ["--schedule.lag=7", "--objective.beta1", "inf", "--data.options.digits", "6"])
     assert (first.schedule.lag, first.objective.beta1, first.data.options) == (7, float("inf"), {"digits": 6})
     assert first.run.dir == "runs/r"

@@ -38,7 +38,8 @@ def whole(rig):
     rig.fault.unlink()
 
 
-def test_ten_publishes_by_one_process_each_token_exact_with_the_trainer(rig):
+def test_ten_publishes_by_one_process_are_token_exact(rig):
+    """Ten publishes by one process each token exact with the trainer."""
     pid = rig.engine.pid
     for _ in range(10):
         rig.change()
@@ -60,7 +61,8 @@ def test_greedy_output_changes_with_the_version(rig):
     assert rig.greedy_of_engine() != before
 
 
-def test_sampled_log_probs_are_those_of_the_trainer_at_the_temperature_of_sampling(rig):
+def test_sampled_logprobs_are_the_trainers_at_temperature(rig):
+    """Sampled log-probs are those of the trainer at the temperature of sampling."""
     prompt = Prompt("p", rig.prompts[0], "test")
     rig.publish()
     for temperature in (1.0, 0.7):
@@ -88,7 +90,8 @@ def assert_refused(rig, parameter):
         rig.control.resume()
 
 
-def test_a_flipped_bit_is_refused_and_the_next_whole_version_serves(rig):
+def test_a_flipped_bit_is_refused_and_the_next_version_serves(rig):
+    """A flipped bit is refused and the next complete version serves."""
     name = "model.layers.1.self_attn.k_proj.weight"
 
     def flip(bucket):
@@ -129,7 +132,8 @@ def test_values_that_do_not_reach_the_live_parameter_are_refused(rig):
     assert not rig.served_within(1.0)
 
 
-def test_an_update_that_was_cut_short_serves_nothing_until_a_whole_version_arrives(rig):
+def test_an_update_cut_short_serves_nothing(rig):
+    """An update that was cut short serves nothing until a complete version arrives."""
     rig.control.pause("abort")
     rig.version += 1
     rig.control.update(Start(rig.version))
@@ -166,7 +170,8 @@ def begin_and_see(rig, begin, finished, number):
     raise AssertionError(f"{number} samples were never seen running")
 
 
-def test_a_sample_that_is_kept_across_a_publish_carries_the_spans_of_both_versions(rig):
+def test_a_sample_kept_across_a_publish_has_both_spans(rig):
+    """A sample that is kept across a publish carries the spans of both versions."""
     finished = []
 
     async def generate():
@@ -198,7 +203,7 @@ def test_a_sample_that_is_kept_across_a_publish_carries_the_spans_of_both_versio
 
 
 @pytest.mark.parametrize("mode", ["drain", "abort", "keep"])
-def test_requests_in_flight_carry_the_version_that_each_token_was_sampled_under(rig, mode):
+def test_requests_in_flight_carry_the_version_of_each_token(rig, mode):
     """Four samples run when the publish begins, one arrives in the middle of it."""
     old, before = rig.version, copy.deepcopy(rig.model)
     running, late = [], []

@@ -60,7 +60,8 @@ def publish(server, version):
         publisher.close()
 
 
-def test_three_publishes_are_token_exact_and_nothing_listens_beyond_loopback(server, prompts):
+def test_publishes_are_exact_and_only_loopback_listens(server, prompts):
+    """Three publishes are token exact and nothing listens beyond loopback."""
     assert server.greedy(prompts, NEW_TOKENS) == greedy(server.model, prompts)
     for version in (1, 2, 3):
         change(server.model)
@@ -103,7 +104,8 @@ def test_the_example_of_the_documentation_publishes(server, prompts):
     assert server.greedy(prompts, NEW_TOKENS) == greedy(server.model, prompts)
 
 
-def test_a_server_that_is_resumed_in_mid_update_dies_rather_than_serve_a_mix(server, prompts):
+def test_a_server_resumed_in_mid_update_serves_no_mix(server, prompts):
+    """A server that is resumed in mid update dies rather than serve a mix."""
     publisher = make_publisher(server)
     publish_paused(publisher, 1000)
     publisher.control.pause("abort")

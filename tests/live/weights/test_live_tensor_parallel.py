@@ -9,7 +9,8 @@ from oapl_engine.weights.attest import WeightMismatchError
 pytestmark = [pytest.mark.live, pytest.mark.slow]
 
 
-def test_two_ranks_are_token_exact_after_publishes_and_leave_nothing_behind(make_rig):
+def test_two_ranks_are_token_exact_after_publishes(make_rig):
+    """Two ranks are token exact after publishes and leave nothing behind."""
     before = set(os.listdir("/dev/shm"))
     rig = make_rig(tensor_parallel=2)
     for _ in range(3):

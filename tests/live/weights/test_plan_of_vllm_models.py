@@ -85,7 +85,7 @@ def test_replay_equals_load_weights(one_rank, tmp_path, name):
         assert torch.equal(a, b), parameter
 
 
-def test_a_model_that_computes_a_parameter_while_loading_is_refused_by_name(one_rank, tmp_path):
+def test_a_parameter_computed_while_loading_is_refused(one_rank, tmp_path):
     """vLLM's Mamba stores A = -exp(A_log): a copy of what the trainer sends would be wrong."""
     sizes = {"vocab_size": 50, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 1, "time_step_rank": 4}
     weights = checkpoint("Mamba", sizes, tmp_path)

@@ -22,7 +22,7 @@ RANK = PROGRAMS / "sharded_rank.py"
 
 
 @pytest.mark.parametrize("engines", [2, 1])
-def test_two_ranks_publish_in_lockstep_and_never_gather_more_than_a_bucket(tmp_path, engines):
+def test_two_ranks_gather_at_most_a_bucket_in_lockstep(tmp_path, engines):
     """engines = 1: rank 1 has none and only takes part in the gathers."""
     ranks = [
         subprocess.Popen(
@@ -38,7 +38,8 @@ def test_two_ranks_publish_in_lockstep_and_never_gather_more_than_a_bucket(tmp_p
         assert report["refused"] == (["ConnectionError"] * 4 if rank == 0 else [])
 
 
-def test_no_tensor_of_a_lazy_source_is_kept_and_equal_addresses_are_not_taken_for_ties():
+def test_no_tensor_of_a_lazy_source_is_kept():
+    """No tensor of a lazy source is kept and equal addresses are not taken for ties."""
     alive = []
 
     def lazily():
@@ -78,7 +79,8 @@ class Flat(torch.nn.Module):
             getattr(self, name.replace(".", "_")).data.copy_(tensor)
 
 
-def test_lora_is_merged_one_tensor_at_a_time_and_arrives_as_peft_merges_it(monkeypatch):
+def test_lora_is_merged_one_tensor_at_a_time(monkeypatch):
+    """Lora is merged one tensor at a time and arrives as peft merges it."""
     from peft import get_peft_model
     from peft.tuners.lora.layer import Linear
     from transformers import LlamaForCausalLM

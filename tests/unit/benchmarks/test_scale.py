@@ -44,7 +44,8 @@ def test_the_machine_of_a_run(run, capsys):
     assert "bursts of one size" in out, "nothing is said of what it cannot know"
 
 
-def test_the_committed_figures_are_of_this_format_and_meet_the_bar():
+def test_the_committed_figures_meet_the_bar():
+    """The committed figures are of this format and meet the bar."""
     figures = json.loads((ROOT / "benchmarks" / "data" / "scale.json").read_text())
     assert [c["devices"] for c in figures["scaling"]] == list(scale.SCALES)
     for c in figures["scaling"]:

@@ -87,7 +87,8 @@ def test_the_objective_is_what_its_docstring_says(example):
     torch.testing.assert_close(found, hidden.grad)
 
 
-def test_the_reward_is_computed_in_a_process_that_is_killed_in_time(example):
+def test_the_reward_runs_in_a_process_that_is_killed_in_time(example):
+    """The reward is computed in a process that is killed in time."""
     reward = recipe_of(example("A reward").tables).reward
     items = [(text, {"answer": "42"}) for text in ("The answer is 42", "41", "nothing", "")]
     with closing(VerifierPool(reward.workers, reward.timeout_seconds, reward.memory_mb)) as pool:
@@ -132,7 +133,8 @@ def test_the_transport_publishes_complete_weights(example):
     assert not folder.exists()
 
 
-def test_the_transport_is_loaded_in_vllms_processes_without_the_trainer(example):
+def test_the_transport_loads_in_vllm_without_the_trainer(example):
+    """The transport is loaded in vllms processes without the trainer."""
     module = example("A transport").module
     code = f"import sys, {module}; print([m for m in ('transformers', 'pydantic', 'vllm') if m in sys.modules])"
     path = os.pathsep.join(entry for entry in sys.path if entry)

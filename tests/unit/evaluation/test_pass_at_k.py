@@ -67,7 +67,8 @@ def test_mean_and_standard_error():
         mean_and_error([])
 
 
-def test_standard_error_is_the_spread_of_the_mean_over_resamplings():
+def test_standard_error_is_the_spread_over_resamplings():
+    """Standard error is the spread of the mean over resamplings."""
     rng = np.random.default_rng(0)
     draws = rng.beta(0.5, 0.5, (4000, 30))
     errors = np.array([mean_and_error(d)[1] for d in draws])

@@ -65,7 +65,9 @@ def test_samples_come_one_by_one_and_calls_do_not_mix():
     run(scenario, answer)
 
 
-def test_a_refusal_carries_the_reason_and_leaves_the_client_usable():
+def test_a_refusal_has_its_reason_and_the_client_stays_usable():
+    """A refusal carries the reason and leaves the client usable."""
+
     def answer(request, send):
         kind, body = ("refused", "no such thing") if request.method == "resume" else ("result", {"version": 1})
         send(Reply(request.id, kind, body))
@@ -78,7 +80,9 @@ def test_a_refusal_carries_the_reason_and_leaves_the_client_usable():
     run(scenario, answer)
 
 
-def test_every_call_in_flight_and_every_later_one_ends_with_engine_lost():
+def test_calls_in_flight_and_later_ones_end_with_engine_lost():
+    """Every call in flight and every later one ends with engine lost."""
+
     async def scenario(client):
         async def generate():
             return [s async for s in client.generate([1], 2, Sampling())]

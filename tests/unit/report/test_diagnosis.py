@@ -69,7 +69,8 @@ def test_an_uncorrected_objective_under_lag_is_named(run):
     assert diagnose(fresh) == []
 
 
-def test_a_disagreement_comes_first_and_other_objectives_have_no_beta2(run):
+def test_a_disagreement_comes_first(run):
+    """A disagreement comes first and other objectives have no beta2."""
     causes = [f.cause for f in diagnose(run(lambda s: {"logprob_gap/mean": 1.0, "is_truncated/mean": 0.9}))]
     assert ["disagree" in causes[0], "cut off" in causes[1]] == [True, True]
     assert diagnose(run(lambda s: {"beta2": None}, objective__name="grpo")) == []

@@ -103,7 +103,8 @@ def test_aborted_samples_are_not_verified():
     assert group.rollouts[0].response_tokens == 2
 
 
-def test_an_engine_that_dies_leaves_what_arrived_and_marks_the_rest_lost():
+def test_a_dying_engine_marks_what_did_not_arrive_as_lost():
+    """An engine that dies leaves what arrived and marks the rest lost."""
     group = collect(FakeClient(sample(1), EngineLostError("killed")), sum_of_tokens, 3)
     assert [r.status for r in group.rollouts] == ["lost", "scored", "lost"]
     assert group.rollouts[0].response_tokens == 0

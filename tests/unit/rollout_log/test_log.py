@@ -106,7 +106,8 @@ def test_journal_survives_and_a_replayed_step_changes_nothing(tmp_path):
     assert again.versions() == [(0, 0), (1, 5)]
 
 
-def test_ledger_puts_every_token_in_one_column_however_often_it_is_read(tmp_path):
+def test_ledger_puts_every_token_in_one_column(tmp_path):
+    """Ledger puts every token in one column however often it is read."""
     log, journal = RolloutLog(tmp_path / "r.sqlite"), Journal(tmp_path / "journal.sqlite")
     kept = Ledger(log, journal)
     for name, status in [("a", "scored"), ("b", "scored"), ("c", "aborted"), ("d", "invalid"), ("e", "scored")]:

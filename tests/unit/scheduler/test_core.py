@@ -207,7 +207,8 @@ def test_a_buffer_shares_storage_and_never_shows_it():
     assert len(queue._items) < 50
 
 
-def test_equal_groups_are_resampled_until_a_whole_credit_of_them_came():
+def test_equal_groups_are_resampled_up_to_max_groups_ahead():
+    """Equal groups are resampled until a complete credit of them came."""
     state = make(steps=4, lag=2, max_groups_ahead=4, resample=True, evaluate=False)
     for event in (e.EngineReady(0), e.Published(0)):
         state, commands = core.step(state, event)

@@ -37,7 +37,8 @@ def test_recording_leaves_live_values_alone(fused_model, tensors):
 
 
 @pytest.mark.parametrize("left_out", ["q", "norm", "embed"])
-def test_a_tensor_left_out_is_refused_by_the_name_of_what_it_would_have_filled(fused_model, tensors, left_out):
+def test_a_missing_tensor_is_refused_by_what_it_would_fill(fused_model, tensors, left_out):
+    """A tensor left out is refused by the name of what it would have filled."""
     rest = {name: t for name, t in tensors().items() if name != left_out}
     with pytest.raises(PlanError) as refusal:
         record(fused_model(), manifest(rest))

@@ -33,7 +33,8 @@ def change(trainer):
         tensor += torch.randn_like(tensor)
 
 
-def test_after_each_of_three_publishes_the_engine_equals_a_freshly_loaded_model(pair, fused_model):
+def test_each_publish_equals_a_freshly_loaded_model(pair, fused_model):
+    """After each of three publishes the engine equals a freshly loaded model."""
     engine, publisher, trainer = pair
     for version in (1, 2, 3):
         change(trainer)
@@ -80,7 +81,8 @@ def test_weights_that_are_not_finite_are_refused_by_name(pair, value):
     assert not engine.serving
 
 
-def test_a_flipped_bit_is_refused_by_name_and_nothing_of_its_bucket_reaches_the_model(pair, fused_model):
+def test_nothing_of_a_bucket_with_a_flipped_bit_is_written(pair, fused_model):
+    """A flipped bit is refused by name and nothing of its bucket reaches the model."""
     engine, publisher, trainer = pair
     publish_paused(publisher, 1)
     before = engine.receiver.model.qkv.clone()
@@ -135,7 +137,8 @@ def test_a_reshaped_or_additional_tensor_is_refused_by_name(pair):
     assert not engine.serving
 
 
-def test_live_bytes_that_differ_from_what_was_sent_are_refused_by_name(pair):
+def test_live_bytes_that_differ_are_refused_by_name(pair):
+    """Live bytes that differ from what was sent are refused by name."""
     engine, publisher, _ = pair
     report = engine.receiver.report
 
@@ -150,7 +153,8 @@ def test_live_bytes_that_differ_from_what_was_sent_are_refused_by_name(pair):
     assert not engine.serving
 
 
-def test_old_log_probs_where_the_trainers_moved_are_refused_as_stale(pair):
+def test_old_logprobs_after_a_move_are_refused_as_stale(pair):
+    """Old log-probs where the trainers moved are refused as stale."""
     engine, publisher, trainer = pair
     engine.answers = np.full(3, -2.0, np.float32)
     moving = [np.full(3, -2.0, np.float32)]
@@ -195,7 +199,8 @@ def test_tied_tensors_travel_once(pair):
     assert report.bytes == sum(t.nbytes for n, t in trainer.items() if n != "head")
 
 
-def test_a_layout_never_overlaps_stays_within_its_bucket_and_splits_between_rows():
+def test_a_layout_fits_its_buckets_and_splits_between_rows():
+    """A layout never overlaps stays within its bucket and splits between rows."""
     shapes = [(1,), (100,), (128,), (3,), (10, 100), (5,), (2, 700), ()]
     tensors = [(str(i), torch.empty(shape)) for i, shape in enumerate(shapes)]
     layout = lay_out(tensors, torch.bfloat16, 512)
@@ -213,7 +218,8 @@ def test_a_layout_never_overlaps_stays_within_its_bucket_and_splits_between_rows
     assert [p.length for p in layout.slices if p.name == "6"] == [256] * 5 + [120], "not one row of 700 fits"
 
 
-def test_a_dead_engine_is_the_cause_that_is_told_even_where_a_tensor_is_missing_too(pair):
+def test_a_dead_engine_is_reported_before_a_missing_tensor(pair):
+    """A dead engine is the cause that is reported even where a tensor is missing too."""
     engine, publisher, trainer = pair
     publish_paused(publisher, 1)
     del trainer["v"]

@@ -87,7 +87,8 @@ def test_versions_arrive_whole_and_nothing_is_left(transport, receiver, fused_mo
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_flipped_bit_is_refused_by_name_and_the_next_version_is_whole(transport, receiver, tensors):
+def test_a_flipped_bit_is_refused_and_the_next_version_complete(transport, receiver, tensors):
+    """A flipped bit is refused by name and the next version is complete."""
     trainer = tensors()
     publisher = publisher_for(transport, receiver, trainer)
     make = publisher._make_buckets
@@ -112,9 +113,8 @@ def test_a_flipped_bit_is_refused_by_name_and_the_next_version_is_whole(transpor
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_receiver_that_dies_in_mid_bucket_is_noticed_and_its_successor_gets_a_whole_version(
-    transport, receive, tensors
-):
+def test_a_receivers_death_in_mid_bucket_is_noticed(transport, receive, tensors):
+    """A receiver that dies in mid bucket is noticed and its successor gets a complete version."""
     doomed, trainer = receive(), tensors()
     doomed.before["bucket"] = lambda request: request.bucket == 1 and doomed.ranks[0].kill()
     publisher = publisher_for(transport, doomed, trainer)
@@ -127,7 +127,7 @@ def test_a_receiver_that_dies_in_mid_bucket_is_noticed_and_its_successor_gets_a_
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_trainer_that_dies_in_mid_bucket_is_noticed_by_the_receiver(transport, receiver, tensors):
+def test_a_trainers_death_in_mid_bucket_is_noticed(transport, receiver, tensors):
     """The bucket is announced and no process sends it (memfd: the bytes of a half packed bucket)."""
     trainer = tensors()
     publisher = publisher_for(transport, receiver, trainer)
@@ -147,7 +147,8 @@ def test_a_trainer_that_dies_in_mid_bucket_is_noticed_by_the_receiver(transport,
     publisher.close()
 
 
-def test_what_a_killed_trainer_left_in_a_folder_is_removed_by_the_next_and_not_what_a_living_one_uses(tmp_path):
+def test_files_of_a_killed_trainer_are_removed_by_the_next(tmp_path):
+    """What a killed trainer left in a folder is removed by the next and not what a living one uses."""
     living = FileBuckets(BucketOptions(64, tmp_path))
     code = (
         "import os, sys, pathlib; from oapl_engine.weights.transports import make_buckets\n"
@@ -180,7 +181,8 @@ def test_memory_that_may_shrink_is_refused():
 
 
 @pytest.mark.parametrize("change", [-1, 1])
-def test_a_bucket_file_of_another_length_is_refused_and_files_are_private(tmp_path, change):
+def test_bucket_files_are_private_and_have_their_length(tmp_path, change):
+    """A bucket file of another length is refused and files are private."""
     buckets = FileBuckets(BucketOptions(4096, tmp_path))
     buckets.send(0, 1000)
     reader = open_reader({"transport": "file", **buckets.describe()}, 0, CPU)
