@@ -17,7 +17,7 @@ SOURCES = [
     p for d in ("oapl_engine", "kernels", "csrc") for p in (ROOT / d).rglob("*") if p.suffix in (".py", ".cpp", ".h")
 ]
 PYTHON = [p for p in SOURCES if p.suffix == ".py"]
-STATEMENTS = 7_200  # the aim is 6,500 (docs/architecture.md); this keeps it from growing unseen
+STATEMENTS = 7_030  # the aim is 6,500; this keeps it from growing unseen
 NATIVE_LINES = 900
 FILE_LINES, CLASS_LINES, FUNCTION_LINES, ATTRIBUTES = 350, 150, 45, 12
 LINT = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()"]
@@ -39,10 +39,11 @@ def test_layers_hold():
         ("oapl_engine/samples.py", "import oapl_engine.rollout_log.log"),
         ("oapl_engine/scheduler/core.py", "import oapl_engine.rollout_log.log"),
         ("kernels/oapl_kernels/group.py", "import oapl_engine.samples"),
+        ("oapl_engine/scheduler/buffer.py", "import oapl_engine.scheduler.core"),
         ("oapl_engine/weights/receiver/update.py", "import oapl_engine.weights.attest"),
     ],
 )
-def test_a_crossing_of_layers_is_caught(tmp_path, file, line):
+def test_a_crossing_of_layers_or_a_circle_is_caught(tmp_path, file, line):
     for name in ("oapl_engine", "kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
