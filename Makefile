@@ -20,7 +20,7 @@ demo: setup
 	@$(BIN)/python -m experiments.demo
 
 gpu: setup
-	@PYTHONPATH=kernels:. $(BIN)/python benchmarks/gpu_check.py $(ARGS)
+	@PYTHONPATH=kernels:. $(BIN)/python -P benchmarks/gpu_check.py $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
