@@ -32,6 +32,7 @@ def test_a_short_disk_is_named(capsys):
     bootstrap.check_disk(7e9, 6)
 
 
+@pytest.mark.live
 def test_offline_says_so_and_leaves_no_stamp(tmp_path):
     """The real script on a copy of the tree, with an index that cannot be reached."""
     for name in (".ci", "csrc"):

@@ -51,6 +51,7 @@ def finished_run(micro_model, micro_rollouts, tmp_path_factory):
     return directory
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("line", [c for c in COMMANDS if " runs/mine" in c and not c.startswith(ELSEWHERE)])
 def test_readme_commands_on_a_run(line, finished_run, tmp_path):
     places = {"runs/mine": finished_run, "mine.svg": tmp_path / "mine.svg"}
@@ -59,12 +60,14 @@ def test_readme_commands_on_a_run(line, finished_run, tmp_path):
     assert out or (tmp_path / "mine.svg").exists()
 
 
+@pytest.mark.live
 def test_readme_offline_training(micro_model, tmp_path):
     line = next(line for line in COMMANDS if "micro_offline" in line)
     out = run_oapl(*line.split()[1:], "--model.path", micro_model, "--run.dir", tmp_path)
     assert out.splitlines()[-1].startswith("done: steps=48 ")
 
 
+@pytest.mark.live
 def test_readme_warm_start(tmp_path):
     line = next(line for line in COMMANDS if line.startswith("oapl sft "))
     run_oapl(*line.split()[1:], "--train.steps", 2, "--model.out", tmp_path / "model")

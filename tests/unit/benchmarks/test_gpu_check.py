@@ -31,6 +31,7 @@ def check(tmp_path):
     return run
 
 
+@pytest.mark.live
 def test_dry_run_of_all_stages_writes_good_rows(check, tmp_path):
     done = check(dry="1")
     assert done.returncode == 0, done.stdout + done.stderr

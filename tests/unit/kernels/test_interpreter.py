@@ -12,6 +12,7 @@ from tests.conftest import ROOT
 FOLDER = Path(__file__).parent
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("selection", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_every_kernel_through_the_public_api(selection):
     command = [

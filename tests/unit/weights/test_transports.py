@@ -112,6 +112,7 @@ def test_a_flipped_bit_is_refused_and_the_next_version_complete(transport, recei
     publisher.close()
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_receivers_death_in_mid_bucket_is_noticed(transport, receive, tensors):
     """A receiver that dies in mid bucket is noticed and its successor gets a complete version."""
