@@ -16,7 +16,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 from oapl_engine import __version__
 from oapl_engine.config import Recipe
 from oapl_engine.config_file import describe
-from oapl_engine.errors import BAD_INPUT, DIFFERENCE, OK, ConfigError, guarded
+from oapl_engine.errors import BAD_INPUT, DIFFERENCE, OK, ConfigError, find_modules_in, guarded
 from oapl_engine.sft_config import SftRecipe, load_sft_recipe
 
 SCHEMAS = {"`oapl train`": Recipe, "`oapl sft`": SftRecipe}
@@ -98,6 +98,7 @@ def _sft(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _eval(arguments: argparse.Namespace, overrides: list[str]) -> int:
     ks = _parse_ks(arguments.k, arguments.n)
+    find_modules_in(Path.cwd())
     from oapl_engine.evaluation.report import evaluate_and_report
 
     evaluate_and_report(arguments.models, arguments.task, arguments.n, ks, arguments.out, overrides)

@@ -67,6 +67,9 @@ class RewardConfig:
     timeout_seconds: float = setting(10.0, "seconds for one verdict, then invalid", gt=0)
     memory_mb: int = setting(1024, "MiB of address space a worker may add, then invalid", ge=64)
     workers: int = setting(1, "verifier processes on this host", ge=1)
+    max_invalid_share: float = setting(
+        0.1, "share of responses without a reward above which a run stops, and an evaluation is not kept", ge=0, le=1
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -77,7 +80,7 @@ class SamplingConfig:
     top_p: float = setting(1.0, "nucleus mass; 1: off", gt=0, le=1)
     top_k: int = setting(0, "candidates kept; 0: off", ge=0)
     max_new_tokens: int = setting(256, "tokens of a response, the stop token included", ge=1)
-    stop_token_ids: list[int] = setting([], "token ids that end a response; empty: eos")
+    stop_token_ids: list[int] = setting([], "further token ids that end a response, besides the model's own")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -181,6 +184,7 @@ class EvaluationConfig:
     n: int = setting(4, "samples per problem; 0: no evaluation", ge=0)
     k: list[int] = setting([1], "k of pass@k, each at most n")
     temperature: float = setting(1.0, "sampling temperature", gt=0)
+    correct: float = setting(1.0, "reward from which a response counts as correct in pass@k")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -3,7 +3,9 @@
 import difflib
 import importlib
 import sys
+import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 OK, FAILED, BAD_INPUT, DIFFERENCE, INTERRUPTED = 0, 1, 2, 3, 130
@@ -32,11 +34,20 @@ def load_object(path: str, field: str) -> Any:
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f'{field} = "{path}" cannot be loaded: {error}; write "package.module:name" of something that Python can '
-            "import from here (PYTHONPATH)"
+            "import: a file in the current folder, beside the recipe, or on PYTHONPATH"
         ) from error
+    except Exception as error:  # whatever a user's module raises while it is imported
+        raise ConfigError(f'{field} = "{path}": {module} fails when imported:\n{traceback.format_exc()}') from error
+
+
+def find_modules_in(*folders: Path) -> None:
+    """Let load_object find modules in these folders too, behind everything that is found without them."""
+    for folder in map(str, folders):
+        if folder not in sys.path:
+            sys.path.append(folder)
 
 
 def guarded(work: Callable[[], int]) -> int:

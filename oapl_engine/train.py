@@ -16,14 +16,16 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from oapl_engine.config import Recipe, load_recipe
 from oapl_engine.distributed import join_ranks
-from oapl_engine.errors import ConfigError, guarded
-from oapl_engine.evaluation.evaluate import compare, read_problems
+from oapl_engine.errors import DIFFERENCE, OK, ConfigError, find_modules_in, guarded
+from oapl_engine.evaluation.evaluate import compare, compare_rewards, read_problems
 from oapl_engine.orchestrator.engine_events import EngineEvents
-from oapl_engine.orchestrator.generation import open_generation
+from oapl_engine.orchestrator.generation import open_generation, prepare_questions
 from oapl_engine.orchestrator.learner import Learner
+from oapl_engine.orchestrator.offline import log_rollouts, read_recipe_rollouts
+from oapl_engine.orchestrator.preflight import check_recipe
 from oapl_engine.orchestrator.resume import resume_state
 from oapl_engine.orchestrator.run import combine_handlers, open_run, save_recipe
-from oapl_engine.report.metrics import read_evaluations
+from oapl_engine.report.metrics import read_evaluations, read_metrics
 from oapl_engine.scheduler import events as e
 from oapl_engine.scheduler.driver import drive
 from oapl_engine.scheduler.lockstep import lockstep_events
@@ -32,27 +34,34 @@ from oapl_engine.sft import make_missing_model
 
 def train(path: str, overrides: list[str]) -> int:
     """Train by the recipe in a file, with `--section.field value` laid over it. Returns the exit code."""
+    find_modules_in(Path.cwd(), Path(path).resolve().parent)
     recipe = load_recipe(path, overrides)
+    check_recipe(recipe)
     make_missing_model(recipe.model.path, Path(path).parent)
     return run_recipe(recipe)
 
 
 def run_recipe(recipe: Recipe) -> int:
-    """Train by a recipe, or continue where a killed run stopped. Returns the exit code; raises ConfigError."""
+    """Train by a recipe that check_recipe found good, or continue where a killed run stopped. Returns the exit code;
+    raises ConfigError."""
     inbox: queue.SimpleQueue[e.Event] = queue.SimpleQueue()
     with ExitStack() as stack:
         run = stack.enter_context(open_run(recipe, join_ranks()))
+        # what is asked or read comes before the weights, which take far longer to load
+        questions = prepare_questions(run) if recipe.schedule.traits.generates else None
+        file = None if questions else read_recipe_rollouts(run)
         events = EngineEvents(inbox, engine=run.ranks.rank)
         learner = Learner.open(run)
         handlers = [run.handlers()]
         stack.enter_context(stop_on_signal(inbox))
-        if recipe.schedule.traits.generates:
+        if questions:
             if not recipe.schedule.traits.overlaps:
                 learner.offload()  # vLLM sizes its cache from the memory that it finds free
-            handlers += stack.enter_context(open_generation(run, learner.policy, events))
+            handlers += stack.enter_context(open_generation(run, questions, learner.policy, events))
             events.ready()
-        else:
-            learner.import_rollouts()
+        elif file:
+            log_rollouts(run, file)
+            learner.recorded_rewards = file.recorded_rewards
             inbox.put(e.Start())
         handlers.append(learner.handlers())  # last: the others prepare Checkpoint and OffloadTrainer
         state = resume_state(run)
@@ -62,8 +71,12 @@ def run_recipe(recipe: Recipe) -> int:
         lockstep = lockstep_events(run.ranks) if run.ranks.world > 1 else None
         state, code = drive(state, inbox, combine_handlers(*handlers), record, lockstep)
         events.raise_failure()
-    if code == 0 and run.ranks.rank == 0:
+        untrained = learner.why_untrained() if code == OK else None
+    if code == OK and run.ranks.rank == 0:
         print(summary(recipe, state.step), flush=True)
+    if untrained:
+        print(f"error: nothing was learned: {untrained}", file=sys.stderr)
+        return DIFFERENCE
     return code
 
 
@@ -85,18 +98,32 @@ def stop_on_signal(inbox: "queue.SimpleQueue[e.Event]") -> Iterator[None]:
 
 
 def summary(recipe: Recipe, steps: int) -> str:
-    """What was done and where it is; the last line is `done: steps=… pass@1 before=… after=… run=…`."""
+    """What was done and where it is; the last line is `done: steps=… pass@1 before=… after=… run=…`.
+
+    Rewards stand in it too where pass@1 does not tell them, and the share of responses without one where there are any.
+    """
     run = Path(recipe.run.dir)
     rows = read_evaluations(run)
     before, after = (f"{rows[step]['pass_at_k']:.4f}" if step in rows else "-" for step in (0, steps))
     lines = [f"model: {run / 'checkpoints' / f'step_{steps:06d}'}   metrics: {run / 'metrics.jsonl'}"]
+    more = ""
     if {0, steps} <= rows.keys():
         found = {result.step: result for result in read_problems(run)}
-        change, error = compare(found[0], found[steps])
+        first, last = found[0], found[steps]
+        (change, error), (gain, spread) = compare(first, last), compare_rewards(first, last)
         done = f"{steps} steps of {recipe.objective.name}, L = {recipe.schedule.lag}, seed {recipe.run.seed}"
-        difference = f"held-out pass@1 {change:+.4f} ± {error:.4f} (paired) on {len(found[0].problems)} problems"
-        lines.insert(0, f"{done}: {difference}")
-    lines.append(f"done: steps={steps} pass@1 before={before} after={after} run={recipe.run.dir}")
+        lines.insert(
+            0,
+            f"{done}: held-out pass@1 {change:+.4f} ± {error:.4f}, reward {gain:+.4f} ± {spread:.4f} (paired) on "
+            f"{len(first.problems)} problems",
+        )
+        rewards = [result.mean_reward()[0] for result in (first, last)]
+        if rewards != [result.pass_at_k(1)[0] for result in (first, last)]:
+            more = f"reward before={rewards[0]:.4f} after={rewards[1]:.4f} "
+    last_row = read_metrics(run / "metrics.jsonl")[-1]
+    if last_row.get("reward/all/invalid"):
+        more += f"invalid={last_row['reward/all/invalid']:.1%} "
+    lines.append(f"done: steps={steps} pass@1 before={before} after={after} {more}run={recipe.run.dir}")
     return "\n".join(lines)
 
 

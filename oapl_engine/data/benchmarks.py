@@ -20,21 +20,22 @@ COLUMNS = "problem (text; question is taken too) and answer (text or number)"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a set is located on the hub, and its columns."""
+    """Where a set is located on the hub, its columns, and how long its answers may be, in tokens."""
 
     hub: str
     split: str
+    max_new_tokens: int
     problem: str = "problem"
     config: str | None = None
 
 
 BENCHMARKS = {
-    "aime25": Benchmark("math-ai/aime25", "test"),
-    "hmmt25-february": Benchmark("MathArena/hmmt_feb_2025", "train"),
-    "hmmt25-november": Benchmark("MathArena/hmmt_nov_2025", "train"),
-    "brumo25": Benchmark("MathArena/brumo_2025", "train"),
-    "math500": Benchmark("HuggingFaceH4/MATH-500", "test"),
-    "gsm8k": Benchmark("openai/gsm8k", "test", problem="question", config="main"),
+    "aime25": Benchmark("math-ai/aime25", "test", 32768),
+    "hmmt25-february": Benchmark("MathArena/hmmt_feb_2025", "train", 32768),
+    "hmmt25-november": Benchmark("MathArena/hmmt_nov_2025", "train", 32768),
+    "brumo25": Benchmark("MathArena/brumo_2025", "train", 32768),
+    "math500": Benchmark("HuggingFaceH4/MATH-500", "test", 4096),
+    "gsm8k": Benchmark("openai/gsm8k", "test", 1024, problem="question", config="main"),
 }
 
 

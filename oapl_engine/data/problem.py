@@ -1,5 +1,6 @@
 """What every source of problems offers: a question by number, and the record its verifier needs."""
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,19 @@ class Problem:
     id: str
     question: str
     record: dict[str, Any]
+    messages: tuple[dict[str, Any], ...] = ()
+    place: str = field(default="", compare=False)
+
+    @property
+    def text(self) -> str:
+        """What tells it from others."""
+        return json.dumps(self.messages, sort_keys=True) if self.messages else self.question
+
+    @property
+    def full_record(self) -> dict[str, Any]:
+        """What its verifier is given: the record, with question and messages beside it."""
+        asked = {"question": self.question} | ({"messages": list(self.messages)} if self.messages else {})
+        return asked | self.record
 
 
 @dataclass(frozen=True)

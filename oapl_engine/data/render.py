@@ -1,4 +1,4 @@
-"""A question becomes the token ids of a prompt."""
+"""A problem becomes the token ids of a prompt."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,38 +7,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oapl_engine.config import DataConfig, check_template
+from oapl_engine.data.problem import Problem
 from oapl_engine.errors import ConfigError
+from oapl_engine.text import encode_messages, encode_text
 
-Render = Callable[[str], NDArray[np.int32]]
+Render = Callable[[Problem], NDArray[np.int32]]
 
 
 def renderer(data: DataConfig, tokenizer: Any) -> Render:
-    """Function from a question to token ids [P] i32, by data.template and data.system. Raises ConfigError.
+    """Function from a problem to token ids [P] i32, by data.template and data.system. Raises ConfigError.
 
     "chat": the tokenizer's chat template with the generation prompt; "raw": the question itself; else the template's
-    text with {question} replaced (other braces stay as they are).
+    text with {question} replaced (other braces stay as they are). A problem that is a chat already goes through the
+    chat template as it is, behind data.system unless it starts with a system message of its own.
     """
     if data.template != "chat" and data.system:
         raise ConfigError(f'data.system is set, but data.template = "{data.template}" has no place for it: use "chat"')
-    if data.template == "chat" and not getattr(tokenizer, "chat_template", None):
-        raise ConfigError(
-            'data.template = "chat": the tokenizer has no chat template; write data.template = "raw", or a text with '
-            "{question} in it"
-        )
     check_template(data.template)
 
-    def render(question: str) -> NDArray[np.int32]:
-        if data.template == "chat":
-            messages = [{"role": "system", "content": data.system}] if data.system else []
-            messages.append({"role": "user", "content": question})
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            # the template has written the special tokens already
-            ids = tokenizer.encode(text, add_special_tokens=False)
+    def render(problem: Problem) -> NDArray[np.int32]:
+        if problem.messages or data.template == "chat":
+            ids = encode_messages(tokenizer, _messages(problem, data.system))
         else:
-            text = question if data.template == "raw" else data.template.replace("{question}", question)
-            ids = tokenizer.encode(text)
+            text = problem.question if data.template == "raw" else data.template.replace("{question}", problem.question)
+            ids = encode_text(tokenizer, text)
         if not ids:
-            raise ConfigError(f"the question {question!r} renders to no token: see data.template")
+            raise ConfigError(f"the question {problem.question!r} renders to no token: see data.template")
         return np.asarray(ids, np.int32)
 
     return render
+
+
+def _messages(problem: Problem, system: str) -> list[dict[str, Any]]:
+    messages = list(problem.messages) or [{"role": "user", "content": problem.question}]
+    if system and messages[0].get("role") != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return messages

@@ -63,13 +63,13 @@ class Task:
 
     def _trainable(self, number: int) -> Prompt | None:
         problem = self.source.problem(number)
-        return None if problem.question in self._held_out_texts else self._fit(problem)
+        return None if problem.text in self._held_out_texts else self._fit(problem)
 
     def _fit(self, problem: Problem) -> Prompt | None:
         """The problem rendered; None, and remembered as dropped, if it is too long."""
-        ids = self._render(problem.question)
+        ids = self._render(problem)
         if len(ids) <= self._data.max_prompt_tokens:
-            return Prompt(problem.id, ids, self.source.name, problem.record)
+            return Prompt(problem.id, ids, self.source.name, problem.full_record)
         self.dropped[problem.id] = len(ids)
         return None
 
@@ -81,9 +81,9 @@ class Task:
             if len(prompts) == self._data.held_out:
                 return tuple(prompts), texts, index
             problem = self.source.problem(index)
-            if problem.question not in texts and (prompt := self._fit(problem)):
+            if problem.text not in texts and (prompt := self._fit(problem)):
                 prompts.append(prompt)
-                texts.add(problem.question)
+                texts.add(problem.text)
         raise ConfigError(
             f"data.held_out = {self._data.held_out}: {self.source.name} has {len(prompts)} distinct problems that fit "
             "data.max_prompt_tokens, and some must be left to train on; lower held_out"

@@ -5,14 +5,13 @@ The counts of every problem are kept in OUT/LABEL/eval_problems.jsonl as they co
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
-from oapl_engine.config import DataConfig, Recipe
+from oapl_engine.config import DataConfig, Recipe, SamplingConfig
 from oapl_engine.config_file import apply_overrides, build, read_toml
 from oapl_engine.data.benchmarks import BENCHMARKS
 from oapl_engine.data.model_folder import resolve_model
@@ -21,14 +20,17 @@ from oapl_engine.data.sources import open_source, parse_source_task
 from oapl_engine.data.task import load_task
 from oapl_engine.errors import ConfigError
 from oapl_engine.evaluation.evaluate import EvaluationResult, append_problems, evaluate, read_problems
+from oapl_engine.fingerprint import code_fingerprint, file_fingerprint, model_fingerprint
 from oapl_engine.inference.protocol import Sampling
-from oapl_engine.rollout.scorer import open_scorer
+from oapl_engine.rollout.scorer import Scorer
 from oapl_engine.rollout.session import EngineSession, recipe_engine_options
 from oapl_engine.samples import Prompt
+from oapl_engine.text import describe_dialogue, end_token_ids
 from oapl_engine.trainer.checkpoint import load_newest
-from oapl_engine.trainer.loading import load_tokenizer
+from oapl_engine.trainer.loading import load_tokenizer, read_text_config
 
 UNUSED_SECTIONS = ("schedule", "objective", "train", "optimizer", "weights", "checkpoint", "report")
+TASK_SECTIONS = ("data", "reward", "sampling")  # --task brings its own: a run's template or stop tokens are its task's
 SAMPLES_KEPT = 512  # samples after which the counts are written
 
 Log = Callable[[str], None]
@@ -45,16 +47,36 @@ class Target:
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """What is asked, and how answers are scored unless the recipe says otherwise."""
+    """What is asked, and how answers are scored unless the recipe says otherwise.
+
+    left_out: problem id to tokens, of those that are too long for the model
+    """
 
     prompts: tuple[Prompt, ...]
     verifier: str
     verifier_options: dict[str, Any]
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Examinee:
+    """A target, opened as far as it goes without its weights.
+
+    ends:     token ids that end a response
+    context:  tokens of prompt and response together, at most
+    """
+
+    target: Target
+    recipe: Recipe
+    tokenizer: Any
+    ends: tuple[int, ...]
+    problems: ProblemSet
+    context: int
 
 
 def find_target(path: str) -> Target:
     """The model that a path or name stands for. Raises ConfigError; CheckpointError where a run's are all damaged."""
-    run = Path(path)
+    run = Path(path.rstrip("/"))
     if (run / "checkpoints").is_dir():
         newest = load_newest(run / "checkpoints")
         if not newest:
@@ -63,13 +85,34 @@ def find_target(path: str) -> Target:
     return Target(run.name, resolve_model(path))
 
 
-def evaluation_recipe(models: Sequence[str], task: str, n: int, ks: Sequence[int], overrides: list[str]) -> Recipe:
+def name_apart(targets: Sequence[Target], paths: Sequence[str]) -> list[Target]:
+    """Targets whose labels clash are called by their paths. Raises ConfigError where one is named twice."""
+    if len({str(Path(path).resolve()) for path in paths}) < len(paths):
+        raise ConfigError(f"a model is named twice among {', '.join(paths)}: name each once")
+    labels = [target.label for target in targets]
+    return [
+        dataclasses.replace(target, label=path.strip("/")) if labels.count(target.label) > 1 else target
+        for target, path in zip(targets, paths, strict=True)
+    ]
+
+
+def evaluation_recipe(
+    models: Sequence[str], targets: Sequence[Target], task: str, n: int, ks: Sequence[int], overrides: list[str]
+) -> Recipe:
     """The recipe of the first run among `models`, or defaults, with `--task`, `--n`, `--k` and overrides laid over.
-    Raises ConfigError."""
+
+    Of a run, `--task` keeps what belongs to the model and the engine only; the length of responses is then the
+    benchmark's own, as far as the models' positions allow. Raises ConfigError.
+    """
     configs = [Path(model) / "config.toml" for model in models]
     stored = [path for path in configs if path.exists()]
     tables = read_toml(stored[0]) if stored else {}
-    tables = {section: table for section, table in tables.items() if section not in UNUSED_SECTIONS}
+    unused = (*UNUSED_SECTIONS, *(TASK_SECTIONS if task else ()))
+    tables = {section: table for section, table in tables.items() if section not in unused}
+    if task:
+        wanted = BENCHMARKS[task].max_new_tokens if task in BENCHMARKS else SamplingConfig().max_new_tokens
+        room = [read_text_config(t.folder).get("max_position_embeddings") or 2 * wanted for t in targets]
+        tables["sampling"] = {"max_new_tokens": min(wanted, *(positions // 2 for positions in room))}
     tables = apply_overrides(tables, overrides, Recipe)
     tables["evaluation"] = tables.get("evaluation", {}) | {"n": n, "k": list(ks)}
     recipe: Recipe = build(Recipe, tables, "oapl eval")
@@ -96,70 +139,116 @@ def parse_task(task: str, data: DataConfig) -> DataConfig:
 
 
 def problem_set(data: DataConfig, seed: int, tokenizer: object, full_set: bool) -> ProblemSet:
-    """The problems of [data]: `full_set` takes all of a finite source, else those that training holds out."""
+    """The problems of [data]: `full_set` takes all of a finite source, else those that training holds out.
+
+    Problems over data.max_prompt_tokens are left out and listed. Raises ConfigError where none is left.
+    """
     source = open_source(data)
     if not (full_set and source.finite):
         task = load_task(data, seed, tokenizer)
-        return ProblemSet(task.held_out, source.verifier, source.verifier_options)
+        return ProblemSet(task.held_out, source.verifier, source.verifier_options, task.dropped)
     render = renderer(data, tokenizer)
     problems = map(source.problem, range(source.size))
-    prompts = tuple(Prompt(p.id, render(p.question), source.name, p.record) for p in problems)
-    return ProblemSet(prompts, source.verifier, source.verifier_options)
+    prompts = [Prompt(p.id, render(p), source.name, p.full_record) for p in problems]
+    left_out = {p.id: len(p.token_ids) for p in prompts if len(p.token_ids) > data.max_prompt_tokens}
+    kept = tuple(prompt for prompt in prompts if prompt.id not in left_out)
+    if not kept:
+        raise ConfigError(
+            f"{source.name}: all {len(prompts)} problems are longer than {data.max_prompt_tokens} tokens: raise "
+            "data.max_prompt_tokens, or lower sampling.max_new_tokens where the model's positions are the limit"
+        )
+    return ProblemSet(kept, source.verifier, source.verifier_options, left_out)
 
 
 def evaluate_targets(
     targets: Sequence[Target], recipe: Recipe, full_set: bool, out: Path, log: Log
 ) -> list[EvaluationResult]:
-    """One result per target, on the same problems. ConfigError, also where `out` holds another model's counts."""
-    labels = [target.label for target in targets]
-    if len(set(labels)) < len(labels):
-        raise ConfigError(f"two models are called {', '.join(labels)}: rename a folder, results are kept by name")
-    return [_evaluate_target(target, recipe, full_set, out / target.label, log) for target in targets]
+    """One result per target, on the same problems: those that fit all of them. Raises ConfigError, also where `out`
+    holds another model's counts, and RunError where too many responses get no reward."""
+    examinees = [_prepare(target, recipe, full_set) for target in targets]
+    left_out = {id: tokens for examinee in examinees for id, tokens in examinee.problems.left_out.items()}
+    if left_out:
+        names = ", ".join(f"{id} ({tokens} tokens)" for id, tokens in list(left_out.items())[:5])
+        log(f"left out, too long for a model: {len(left_out)} problems: {names}{', …' if len(left_out) > 5 else ''}")
+    return [_evaluate_target(examinee, left_out, out / _folder_name(examinee.target), log) for examinee in examinees]
 
 
-def _evaluate_target(target: Target, recipe: Recipe, full_set: bool, out: Path, log: Log) -> EvaluationResult:
+def _folder_name(target: Target) -> str:
+    return target.label.replace("/", "-")
+
+
+def _prepare(target: Target, recipe: Recipe, full_set: bool) -> Examinee:
+    """Everything that can be wrong is found before an engine starts."""
     tokenizer = load_tokenizer(target.folder)
-    problems = problem_set(recipe.data, recipe.run.seed, tokenizer, full_set)
+    ends = end_token_ids(target.folder, tokenizer, recipe.sampling.stop_token_ids)
+    new_tokens = recipe.sampling.max_new_tokens
+    context = recipe.data.max_prompt_tokens + new_tokens
+    positions = read_text_config(target.folder).get("max_position_embeddings") or context
+    if new_tokens >= positions:
+        raise ConfigError(
+            f"{target.folder} has {positions} positions for prompt and response together, sampling.max_new_tokens = "
+            f"{new_tokens} leaves none for the prompt: lower it"
+        )
+    context = min(context, positions)
+    data = dataclasses.replace(recipe.data, max_prompt_tokens=context - new_tokens)
+    problems = problem_set(data, recipe.run.seed, tokenizer, full_set)
     if not problems.prompts:
         raise ConfigError("no problem to evaluate: raise data.held_out")
-    _check_same_settings(out, target, recipe)
+    return Examinee(target, recipe, tokenizer, ends, problems, context)
+
+
+def _evaluate_target(examinee: Examinee, left_out: dict[str, int], out: Path, log: Log) -> EvaluationResult:
+    target, n = examinee.target, examinee.recipe.evaluation.n
+    prompts = [prompt for prompt in examinee.problems.prompts if prompt.id not in left_out]
+    _check_same_settings(out, examinee)
     known = set(read_problems(out)[0].problems if (out / "eval_problems.jsonl").exists() else ())
-    todo = [prompt for prompt in problems.prompts if prompt.id not in known]
+    todo = [prompt for prompt in prompts if prompt.id not in known]
     if todo:
-        log(f"{target.label}: {len(todo)} problems x {recipe.evaluation.n} samples, engine starts")
-        with _open_session(target, recipe, tokenizer, problems, todo, out) as session:
-            _count(session, target, recipe, todo, out, log)
-    return _in_order(read_problems(out)[0], [prompt.id for prompt in problems.prompts])
+        for line in describe_dialogue(examinee.tokenizer, todo[0].token_ids, examinee.ends):
+            log(f"{target.label}: {line}")
+        log(f"{target.label}: {len(todo)} problems x {n} samples, engine starts")
+        with _open_session(examinee, out, log) as session:
+            for done in _count(session, examinee, todo, out):
+                log(f"{target.label}: {done} of {len(todo)} problems")
+    return _in_order(read_problems(out)[0], [prompt.id for prompt in prompts])
 
 
-def _open_session(
-    target: Target, recipe: Recipe, tokenizer: Any, problems: ProblemSet, todo: Sequence[Prompt], out: Path
-) -> EngineSession:
-    longest = max(len(prompt.token_ids) for prompt in todo) + recipe.sampling.max_new_tokens
-    settings = AutoConfig.from_pretrained(target.folder).get_text_config()
-    positions = getattr(settings, "max_position_embeddings", longest)
-    if longest > positions:
-        raise ConfigError(
-            f"{target.folder} has {positions} positions, the longest prompt and sampling.max_new_tokens = "
-            f"{recipe.sampling.max_new_tokens} need {longest}: lower it"
-        )
-    options = recipe_engine_options(recipe, target.folder, longest, seed=recipe.run.seed, takes_updates=False)
-    scorer = open_scorer(recipe.reward, problems.verifier, problems.verifier_options, tokenizer)
-    return EngineSession(options, out / "engine.log", scorer)
+@contextmanager
+def _open_session(examinee: Examinee, out: Path, log: Log) -> Iterator[EngineSession]:
+    """Settings are kept once the engine is up: a start that failed binds nothing."""
+    recipe, problems = examinee.recipe, examinee.problems
+    options = recipe_engine_options(
+        recipe, examinee.target.folder, examinee.context, seed=recipe.run.seed, takes_updates=False
+    )
+    scorer = Scorer(
+        recipe.reward, problems.verifier, problems.verifier_options, examinee.tokenizer, examinee.ends, say=log
+    )
+    with EngineSession(options, out / "engine.log", scorer) as session:
+        (out / "about.json").write_text(json.dumps(_settings(examinee)) + "\n", encoding="utf-8")
+        yield session
 
 
-def _count(
-    session: EngineSession, target: Target, recipe: Recipe, prompts: Sequence[Prompt], out: Path, log: Log
-) -> None:
-    """Counts of `prompts` into `out`, SAMPLES_KEPT samples at a time."""
+def _count(session: EngineSession, examinee: Examinee, prompts: Sequence[Prompt], out: Path) -> Iterator[int]:
+    """Counts of `prompts` into `out`, SAMPLES_KEPT samples at a time; yields how many prompts are done."""
+    recipe = examinee.recipe
     n = recipe.evaluation.n
-    sampling = Sampling.from_recipe(recipe.sampling, temperature=recipe.evaluation.temperature)
+    sampling = Sampling.from_recipe(recipe.sampling, examinee.ends, recipe.evaluation.temperature)
     size = max(1, SAMPLES_KEPT // n)
     for start in range(0, len(prompts), size):
         chunk = prompts[start : start + size]
-        result = evaluate(session, chunk, n, sampling, step=target.step, version=0, seed=recipe.run.seed)
+        result = evaluate(
+            session,
+            chunk,
+            n,
+            sampling,
+            correct=recipe.evaluation.correct,
+            max_invalid_share=recipe.reward.max_invalid_share,
+            step=examinee.target.step,
+            version=0,
+            seed=recipe.run.seed,
+        )
         append_problems(result, out)
-        log(f"{target.label}: {start + len(chunk)} of {len(prompts)} problems")
+        yield start + len(chunk)
 
 
 def _in_order(found: EvaluationResult, wanted: Sequence[str]) -> EvaluationResult:
@@ -170,33 +259,43 @@ def _in_order(found: EvaluationResult, wanted: Sequence[str]) -> EvaluationResul
         problems=tuple(wanted),
         correct=tuple(found.correct[at[problem]] for problem in wanted),
         invalid=tuple(found.invalid[at[problem]] for problem in wanted),
+        reward=tuple(found.reward[at[problem]] for problem in wanted),
     )
 
 
-def _check_same_settings(out: Path, target: Target, recipe: Recipe) -> None:
-    """A folder of results belongs to one model, task and way of asking, sampling and scoring; problems may be added."""
-    weights = sorted(Path(target.folder).glob("*.safetensors"))
+def _settings(examinee: Examinee) -> dict[str, Any]:
+    """What a folder of results belongs to: one model, task and way of asking, sampling and scoring."""
+    recipe = examinee.recipe
     data = dataclasses.asdict(recipe.data)
-    del data["held_out"]
-    settings = {
+    del data["held_out"]  # problems may be added
+    return {
         **data,
+        "content of data.path": file_fingerprint(recipe.data.path) if recipe.data.path else None,
+        "code of data.source": code_fingerprint(recipe.data.source),
         "reward": dataclasses.asdict(recipe.reward),
-        "step": target.step,
-        "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights],
+        "code of the reward": code_fingerprint(recipe.reward.name or examinee.problems.verifier),
+        "step": examinee.target.step,
+        "weights and tokenizer": model_fingerprint(examinee.target.folder),
         **dataclasses.asdict(recipe.sampling),
+        "ends": list(examinee.ends),
         "n": recipe.evaluation.n,
         "temperature": recipe.evaluation.temperature,
+        "correct": recipe.evaluation.correct,
         "seed": recipe.run.seed,
     }
+
+
+def _check_same_settings(out: Path, examinee: Examinee) -> None:
+    """Raises ConfigError where `out` holds results with other settings."""
     file = out / "about.json"
-    if file.exists():
-        stored = json.loads(file.read_text())
-        different = [key for key in settings if stored.get(key) != settings[key]]
-        if different:
-            key = different[0]
-            raise ConfigError(
-                f"{out} holds results with another {key} ({stored.get(key)!r:.60}, now {settings[key]!r:.60}): name "
-                "another --out, or remove it"
-            )
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings) + "\n")
+    if not file.exists() or not (out / "eval_problems.jsonl").exists():
+        return
+    settings = _settings(examinee)
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    different = [key for key in settings if stored.get(key) != settings[key]]
+    if different:
+        key = different[0]
+        raise ConfigError(
+            f"{out} holds results with another {key} ({stored.get(key)!r:.60}, now {settings[key]!r:.60}): name "
+            "another --out, or remove it"
+        )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from oapl_engine.evaluation.compare import evaluate_targets, evaluation_recipe, find_target
+from oapl_engine.evaluation.compare import evaluate_targets, evaluation_recipe, find_target, name_apart
 from oapl_engine.evaluation.evaluate import compare
 from oapl_engine.report.figure import pass_at_k_table, plot_pass_at_k
 
@@ -15,8 +15,8 @@ def evaluate_and_report(
     models: Sequence[str], task: str, n: int, ks: Sequence[int], out: str, overrides: list[str]
 ) -> None:
     """Table and paired differences on stdout, progress on stderr, `pass_at_k.svg` next to the counts. ConfigError."""
-    recipe = evaluation_recipe(models, task, n, ks, overrides)
-    targets = [find_target(path) for path in models]
+    targets = name_apart([find_target(path) for path in models], models)
+    recipe = evaluation_recipe(models, targets, task, n, ks, overrides)
     name = task.replace(":", "-") or recipe.data.task or Path(recipe.data.path).stem
     folder = Path(out or f"runs/eval-{Path(name).stem}")
     results = evaluate_targets(
@@ -32,4 +32,6 @@ def evaluate_and_report(
     title = f"{first.task}: {len(first.problems)} problems x {n} samples, temperature {first.temperature:g}"
     Console(width=None if sys.stdout.isatty() else 200).print(pass_at_k_table(curves, paired, title))
     plot_pass_at_k(curves, title, folder / "pass_at_k.svg")
+    for target, result in zip(targets, results, strict=True):
+        print(f"{target.label}: pass@1 {result.describe()}")
     print(f"done: models={len(results)} problems={len(first.problems)} n={n} out={folder}")

@@ -100,11 +100,11 @@ async def run(options: ProcessOptions) -> None:
     connection = socket.socket(fileno=options.socket)
     connection.set_inheritable(False)
     check_peer(connection)
-    llm, stops, on_cpu = await start_llm(options.engine)
+    llm, on_cpu = await start_llm(options.engine)
     if options.engine.tensor_parallel == 1:
         remove_traces(options.folder)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # covers a process that is stopped or stuck
-    await serve(EngineServer(llm, stops, options.engine, on_cpu), connection)
+    await serve(EngineServer(llm, options.engine, on_cpu), connection)
 
 
 def main() -> None:

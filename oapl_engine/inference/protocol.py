@@ -21,7 +21,7 @@ class Sampling(msgspec.Struct, frozen=True):
     temperature:     0 is greedy
     top_p, top_k:    1 and 0: off
     max_new_tokens:  tokens of a response, the stop token included
-    stop_token_ids:  that end a response; empty: the eos of the model
+    stop_token_ids:  that end a response (text.end_token_ids); empty: nothing does before max_new_tokens
     ignore_stops:    run to max_new_tokens
     """
 
@@ -33,9 +33,9 @@ class Sampling(msgspec.Struct, frozen=True):
     ignore_stops: bool = False
 
     @classmethod
-    def from_recipe(cls, section: SamplingConfig, temperature: float | None = None) -> Self:
-        """[sampling] of a recipe; temperature: another one, for evaluation."""
-        fields = dataclasses.asdict(section) | {"stop_token_ids": tuple(section.stop_token_ids)}
+    def from_recipe(cls, section: SamplingConfig, ends: tuple[int, ...], temperature: float | None = None) -> Self:
+        """[sampling] of a recipe. ends: token ids that end a response; temperature: another one, for evaluation."""
+        fields = dataclasses.asdict(section) | {"stop_token_ids": ends}
         return cls(**fields if temperature is None else fields | {"temperature": temperature})
 
 

@@ -42,14 +42,12 @@ class Counters:
 class EngineServer:
     """One owner's engine.
 
-    llm:             vLLM's AsyncLLM, or what a test puts in its place
-    stop_token_ids:  that end a response by default
-    on_cpu:          there is no memory to give back
+    llm:     vLLM's AsyncLLM, or what a test puts in its place
+    on_cpu:  there is no memory to give back
     """
 
-    def __init__(self, llm: Any, stop_token_ids: tuple[int, ...], options: EngineOptions, on_cpu: bool) -> None:
+    def __init__(self, llm: Any, options: EngineOptions, on_cpu: bool) -> None:
         self.llm = llm
-        self.stop_token_ids = stop_token_ids
         self.on_cpu = on_cpu
         self.counted = Counters(options.incarnation)
         self.weights = WeightState(options.version, options.version)
@@ -161,7 +159,7 @@ class EngineServer:
         while True:
             while not self.gate.is_set():  # it may close again before we run
                 await self.gate.wait()
-            output = await self._complete(prompt + tokens, _sampling_params(how, len(tokens), self.stop_token_ids))
+            output = await self._complete(prompt + tokens, _sampling_params(how, len(tokens)))
             part, start = output.outputs[0], len(tokens)
             tokens += part.token_ids
             logprobs += part.logprobs.logprobs
@@ -198,7 +196,7 @@ def extend_spans(spans: list[tuple[int, int, int]], version: int, start: int, en
     spans.append((version, start, end))
 
 
-def _sampling_params(how: Sampling, done: int, stop_token_ids: tuple[int, ...]) -> Any:
+def _sampling_params(how: Sampling, done: int) -> Any:
     """vLLM's parameters for a sample of which `done` tokens are there already."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -208,7 +206,7 @@ def _sampling_params(how: Sampling, done: int, stop_token_ids: tuple[int, ...]) 
         top_p=how.top_p,
         top_k=how.top_k,
         max_tokens=how.max_new_tokens - done,
-        stop_token_ids=[] if how.ignore_stops else list(how.stop_token_ids or stop_token_ids),
+        stop_token_ids=[] if how.ignore_stops else list(how.stop_token_ids),
         ignore_eos=True,
         logprobs=0,
         flat_logprobs=True,

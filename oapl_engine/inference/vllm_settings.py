@@ -35,8 +35,8 @@ def set_environment(options: EngineOptions, folder: str) -> None:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(shares)
 
 
-async def start_llm(options: EngineOptions) -> tuple[Any, tuple[int, ...], bool]:
-    """A running AsyncLLM, the token ids that end a response by default, and whether it runs on CPU."""
+async def start_llm(options: EngineOptions) -> tuple[Any, bool]:
+    """A running AsyncLLM, and whether it runs on CPU."""
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -48,10 +48,7 @@ async def start_llm(options: EngineOptions) -> tuple[Any, tuple[int, ...], bool]
     on_cpu = current_platform.is_cpu()
     llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(options, on_cpu)))
     await llm.update_weight_version(str(options.version))
-    ends = llm.model_config.try_get_generation_config().get("eos_token_id", llm.model_config.hf_config.eos_token_id)
-    if ends is None:
-        return llm, (), on_cpu
-    return llm, tuple(ends) if isinstance(ends, list) else (ends,), on_cpu
+    return llm, on_cpu
 
 
 def engine_arguments(options: EngineOptions, on_cpu: bool) -> dict[str, Any]:

@@ -13,11 +13,19 @@ from oapl_engine.scheduler.driver import Handler
 class Evaluator:
     """Evaluates with rank 0's engine; the other ranks wait."""
 
-    def __init__(self, run: Run, session: EngineSession, events: EngineEvents, held_out: tuple[Prompt, ...]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        session: EngineSession,
+        events: EngineEvents,
+        held_out: tuple[Prompt, ...],
+        sampling: Sampling,
+    ) -> None:
         self.run = run
         self.session = session
         self.events = events
         self.held_out = held_out
+        self.sampling = sampling
 
     def handlers(self) -> dict[type, Handler]:
         return {e.Evaluate: self.evaluate}
@@ -31,19 +39,19 @@ class Evaluator:
 
     def _evaluate(self, step: int) -> e.Event:
         run, settings = self.run, self.run.recipe.evaluation
-        sampling = Sampling.from_recipe(run.recipe.sampling, temperature=settings.temperature)
         with run.stopwatch.measure("evaluate"):
             result = evaluate(
                 self.session,
                 self.held_out,
                 settings.n,
-                sampling,
+                self.sampling,
+                correct=settings.correct,
+                max_invalid_share=run.recipe.reward.max_invalid_share,
                 step=step,
                 version=run.version,
                 seed=run.recipe.run.seed,
             )
         append_evaluation(result, sorted({1, *settings.k}), run.directory)
         run.count_evaluation_tokens(self.session)
-        mean, error = result.pass_at_k(1)
-        run.display.say(f"pass@1 at step {step}: {mean:.4f} ± {error:.4f} on {len(result.problems)} problems")
+        run.display.say(f"pass@1 at step {step}: {result.describe()}")
         return e.EvaluationDone(step)

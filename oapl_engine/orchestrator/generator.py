@@ -15,24 +15,26 @@ from oapl_engine.rollout.session import EngineSession
 from oapl_engine.samples import Group
 from oapl_engine.scheduler import events as e
 from oapl_engine.scheduler.driver import Handler
+from oapl_engine.trainer.loading import read_text_config
 
 
 class Generator:
     """Prompts of this rank into its engine, groups into its log. A group is durable before the scheduler hears of it.
 
     run, session, events:  what it works with
+    sampling:              how responses are drawn
     prompts:               this rank's prompts and those in flight
     groups_assigned:       groups of all Submits so far, on all ranks
     last_lost_reported:    incarnation of the engine whose death was reported by a group of its own
     generation_started:    time.monotonic() of the last Submit
     """
 
-    def __init__(self, run: Run, session: EngineSession, events: EngineEvents, task: Task) -> None:
+    def __init__(self, run: Run, session: EngineSession, events: EngineEvents, task: Task, sampling: Sampling) -> None:
         self.run = run
         self.session = session
         self.events = events
         self.prompts = PromptQueue(task, run.position, run.log.group_keys(), run.ranks)
-        self.sampling = Sampling.from_recipe(run.recipe.sampling)
+        self.sampling = sampling
         self.groups_assigned = 0
         self.last_lost_reported = -1
         self.generation_started = 0.0
@@ -146,14 +148,11 @@ class Generator:
         self.run.display.show_phase("generate", f"{waiting} groups to go" if waiting else "done")
 
 
-def context_length(run: Run, model_config: object) -> int:
-    """Tokens of prompt and response: what the recipe asks for, or the positions of the model if fewer. ConfigError.
-
-    model_config: the text part of the model's transformers config
-    """
+def context_length(run: Run) -> int:
+    """Tokens of prompt and response: what the recipe asks for, or the positions of the model if fewer. ConfigError."""
     data, sampling = run.recipe.data, run.recipe.sampling
     wanted = data.max_prompt_tokens + sampling.max_new_tokens
-    positions = getattr(model_config, "max_position_embeddings", None) or wanted
+    positions = read_text_config(run.model.path).get("max_position_embeddings") or wanted
     if sampling.max_new_tokens >= positions:
         raise ConfigError(
             f"sampling.max_new_tokens = {sampling.max_new_tokens}: {run.model.path} has {positions} positions for "

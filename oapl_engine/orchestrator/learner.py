@@ -8,12 +8,11 @@ import torch
 
 from oapl_engine.config import resolve_train_config
 from oapl_engine.errors import ConfigError
-from oapl_engine.orchestrator.offline import import_rollouts
 from oapl_engine.orchestrator.recompute import recompute_behavior
 from oapl_engine.orchestrator.run import Run
 from oapl_engine.orchestrator.step_record import metrics_row, record_done, record_dropped
 from oapl_engine.report.metrics import MetricsWriter
-from oapl_engine.rollout_log.ledger import Ledger
+from oapl_engine.rollout_log.ledger import Ledger, explain_untrained
 from oapl_engine.scheduler import events as e
 from oapl_engine.scheduler.driver import Handler
 from oapl_engine.trainer import checkpoint
@@ -40,6 +39,7 @@ class Learner:
     reference:         the start model, loaded where objective.reference_coefficient asks for it
     behavior:          recomputed behaviour log-probs by rollout key; empty: the engine's are used
     recorded_rewards:  offline: all rewards that were recorded for a group, by its id
+    idle_steps:        steps in a row that trained nothing
     """
 
     run: Run
@@ -50,6 +50,7 @@ class Learner:
     reference: Policy | None = None
     behavior: LogProbs = field(default_factory=dict)
     recorded_rewards: Recorded | None = None
+    idle_steps: int = 0
 
     @classmethod
     def open(cls, run: Run) -> Self:
@@ -81,10 +82,6 @@ class Learner:
             e.OffloadTrainer: self.offload,
         }
 
-    def import_rollouts(self) -> None:
-        """Offline: put the rollouts of the recipe's file into the log. Raises ConfigError."""
-        self.recorded_rewards = import_rollouts(self.run, self.policy)
-
     def load(self, _: e.LoadTrainer) -> None:
         """Before a window's first step, while π is still π_vllm: recompute behaviour log-probs if so configured."""
         self._move(default_device())
@@ -112,6 +109,10 @@ class Learner:
         record_dropped(run, selection, result)
         record_done(run, self.policy, command, selection, result)
         row = metrics_row(run, self.ledger, groups, selection, result)
+        self.idle_steps = 0 if result and result.stepped else self.idle_steps + 1
+        if self.idle_steps == min(run.recipe.schedule.lag, run.recipe.schedule.steps):
+            why = explain_untrained(self.ledger)
+            run.display.say(f"warning: {self.idle_steps} steps in a row trained nothing: {why}")
         if self.metrics:
             run.display.show_step(self.metrics.write(row))
         log_ratio = result.metrics["log_ratio/mean"] if result and result.stepped else None
@@ -133,6 +134,10 @@ class Learner:
                 keep=run.recipe.checkpoint.keep,
             )
         return e.CheckpointDone(command.step)
+
+    def why_untrained(self) -> str | None:
+        """None where a step of this run has changed the weights; else where the tokens went."""
+        return None if self.run.journal.uses() else explain_untrained(self.ledger)
 
     def _move(self, device: torch.device) -> None:
         moved = move_trainer(self.policy, self.optimizer, device)

@@ -3,8 +3,9 @@
 import dataclasses
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,16 @@ import tomli_w
 from oapl_engine.config import ModelConfig, Recipe, load_recipe
 from oapl_engine.config_file import to_toml
 from oapl_engine.data.model_folder import resolve_model
-from oapl_engine.data.sources import check_source
 from oapl_engine.distributed import Ranks
 from oapl_engine.errors import ConfigError
+from oapl_engine.orchestrator.binding import (
+    check_contents,
+    clear_failed_start,
+    is_claimed,
+    read_contents,
+    save_contents,
+)
 from oapl_engine.report.display import Display
-from oapl_engine.rewards.verdict import check_verifier
 from oapl_engine.rollout.session import EngineSession
 from oapl_engine.rollout_log.journal import Journal
 from oapl_engine.rollout_log.log import RolloutLog
@@ -25,8 +31,6 @@ from oapl_engine.samples import Group
 from oapl_engine.scheduler import events as e
 from oapl_engine.scheduler.driver import Handler
 from oapl_engine.stopwatch import Stopwatch
-from oapl_engine.trainer.objective import make_objective
-from oapl_engine.weights.transports import check_transport
 
 # Fields that may change when a run resumes.
 MAY_CHANGE_ON_RESUME = (("run", "dir"), ("run", "threads"), ("report", "tensorboard"), ("report", "wandb"))
@@ -93,52 +97,74 @@ class Run:
 
 @contextmanager
 def open_run(recipe: Recipe, ranks: Ranks) -> Iterator[Run]:
-    """The run of a recipe, its directory locked while it lives. Raises ConfigError, also where another recipe ran."""
-    check_names(recipe)
+    """The run of a recipe, its directory locked while it lives. Raises ConfigError, also where another recipe ran or
+    what the run stands on has changed; bad input leaves no directory behind."""
     directory, first = Path(recipe.run.dir), ranks.rank == 0
-    with ExitStack() as stack:
-        if first:
-            stack.enter_context(_locked(directory, recipe))
-        path = ranks.broadcast(resolve_model(recipe.model.path) if first else None)  # converted once, used by all
-        display = Display(recipe.schedule.steps, recipe.schedule.lag, silent=not first)
-        stack.callback(display.close)
-        journal = Journal(directory / f"journal{ranks.suffix}.sqlite")
-        stack.callback(journal.close)
-        log = RolloutLog(directory / "rollouts" / f"rank{ranks.rank}.sqlite")
-        stack.callback(log.close)
-        yield Run(
-            recipe=recipe,
-            model=dataclasses.replace(recipe.model, path=path),
-            directory=directory,
-            ranks=ranks,
-            log=log,
-            journal=journal,
-            display=display,
-            stopwatch=Stopwatch(),
-            version=max((version for version, _ in journal.versions()), default=0),
-        )
+    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    try:
+        with ExitStack() as stack:
+            if first:
+                stack.enter_context(_locked(directory))
+            display = Display(recipe.schedule.steps, recipe.schedule.lag, silent=not first)
+            stack.callback(display.close)
+            # rank 0 looks before the others open anything; a model is converted once and used by all
+            path = ranks.broadcast(_bind(directory, recipe, ranks.world, display) if first else None)
+            journal = Journal(directory / f"journal{ranks.suffix}.sqlite")
+            stack.callback(journal.close)
+            log = RolloutLog(directory / "rollouts" / f"rank{ranks.rank}.sqlite")
+            stack.callback(log.close)
+            yield Run(
+                recipe=recipe,
+                model=dataclasses.replace(recipe.model, path=path),
+                directory=directory,
+                ranks=ranks,
+                log=log,
+                journal=journal,
+                display=display,
+                stopwatch=Stopwatch(),
+                version=max((version for version, _ in journal.versions()), default=0),
+            )
+    except ConfigError:
+        if first and not (directory / "config.toml").exists():
+            _remove_new(missing)
+        raise
 
 
-def check_names(recipe: Recipe) -> None:
-    """Raises ConfigError for a source, verifier, objective or transport that is missing, before anything is loaded."""
-    generates = recipe.schedule.traits.generates
-    check_source(recipe.data, generates)
-    make_objective(recipe.objective, recipe.objective.beta2)
-    if generates:
-        check_transport(recipe.weights.transport)
-        if recipe.reward.name:
-            check_verifier(recipe.reward.name, recipe.reward.options)
+def _bind(directory: Path, recipe: Recipe, world: int, display: Display) -> str:
+    """The resolved model folder. The directory belongs to this recipe and contents from the first work done in it."""
+    model = resolve_model(recipe.model.path)
+    contents = read_contents(recipe, model, world)
+    stored = directory / "config.toml"
+    try:
+        if stored.exists():
+            _check_same(_load_stored(stored), recipe, directory)
+        check_contents(directory, recipe, contents, display.say)
+    except ConfigError:
+        if is_claimed(directory):
+            raise
+        clear_failed_start(directory)
+    save_contents(directory, contents)
+    return model
+
+
+def _remove_new(folders: Sequence[Path]) -> None:
+    """A run directory that this start made, and the parents that it made for it."""
+    for folder in folders[:1]:
+        shutil.rmtree(folder, ignore_errors=True)
+    for folder in folders[1:]:
+        with suppress(OSError):  # it holds something else by now
+            folder.rmdir()
 
 
 def save_recipe(run: Run) -> None:
     """Bind the directory to its recipe. Called when all input has proved good: a typo binds nothing."""
     temporary = run.directory / "config.tmp"
-    temporary.write_text(tomli_w.dumps(to_toml(run.recipe)))
+    temporary.write_text(tomli_w.dumps(to_toml(run.recipe)), encoding="utf-8")
     os.replace(temporary, run.directory / "config.toml")
 
 
 @contextmanager
-def _locked(path: Path, recipe: Recipe) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / "lock", "a")  # noqa: SIM115 (held until the process ends)
@@ -149,9 +175,6 @@ def _locked(path: Path, recipe: Recipe) -> Iterator[None]:
     except BlockingIOError as error:
         raise ConfigError(f"run.dir = {path}: another process runs there now; wait for it, or name another") from error
     with lock:
-        stored = path / "config.toml"
-        if stored.exists():
-            _check_same(_load_stored(stored), recipe, path)
         yield
 
 

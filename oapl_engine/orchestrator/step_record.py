@@ -63,12 +63,12 @@ def metrics_row(
 def _token_metrics(run: Run, ledger: Ledger) -> dict[str, Any]:
     """The ledger and what it adds up to, over all ranks. Collective."""
     own_tokens = run.journal.engine_tokens()
-    ledgers, engine_tokens, generated = zip(
-        *run.ranks.gather([ledger.read(own_tokens), own_tokens, ledger.generated()]), strict=True
-    )
+    own = [ledger.read(own_tokens), own_tokens, ledger.generated(), *ledger.invalid_counts()]
+    ledgers, engine_tokens, generated, invalid, verified = zip(*run.ranks.gather(own), strict=True)
     columns = dict.fromkeys([*COLUMNS, *(column for ledger in ledgers for column in ledger)], 0)
     return {
         "ledger": {column: sum(ledger.get(column, 0) for ledger in ledgers) for column in columns},
         "tokens/engine": None if own_tokens is None else sum(engine_tokens),
         "tokens/generated": sum(generated),
+        "reward/all/invalid": sum(invalid) / sum(verified) if sum(verified) else None,
     }

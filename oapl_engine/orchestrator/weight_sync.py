@@ -27,17 +27,25 @@ class WeightSync:
     """Packs, sends, checks and attests versions. What generation does meanwhile is the scheduler's Pause and Resume.
 
     run, session, policy, events:  what it works with
+    sampling:                      how the probes' responses are drawn
     probe_token_ids:               prompts with one response each, whose log-probs attest that new weights are used
     probe_logprobs:                the trainer's, remembered while the policy was on its device
     """
 
     def __init__(
-        self, run: Run, session: EngineSession, policy: Policy, events: EngineEvents, prompts: Sequence[Prompt]
+        self,
+        run: Run,
+        session: EngineSession,
+        policy: Policy,
+        events: EngineEvents,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
     ) -> None:
         self.run = run
         self.session = session
         self.policy = policy
         self.events = events
+        self.sampling = sampling
         self.probe_token_ids = self._load_probes(prompts)
         self.probe_logprobs: list[NDArray[np.float32]] | None = None
         self.publisher = self._make_publisher()
@@ -106,8 +114,7 @@ class WeightSync:
         """Token ids of the probes: prompts and a response of the start model to each; kept for resumes."""
         path = self.run.directory / f"probe{self.run.ranks.suffix}.json"
         if not path.exists():
-            sampling = Sampling.from_recipe(self.run.recipe.sampling)
-            groups = self.session.generate(prompts, 1, sampling)
+            groups = self.session.generate(prompts, 1, self.sampling)
             responses = [group[0].ids().tolist() for group in groups]
             self.run.count_evaluation_tokens(self.session)
             pairs = zip(prompts, responses, strict=True)

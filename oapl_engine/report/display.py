@@ -27,7 +27,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(Text(text))
+        self.console.print(Text(text), soft_wrap=True)
 
     def show_phase(self, phase: str, detail: str = "") -> None:
         """What is being done now, and how far it is."""
@@ -72,6 +72,8 @@ class Display:
 def _summary(row: dict[str, Any]) -> str:
     forms = {"reward/all/mean": "reward %.3f", "loss": "loss %.4f", "off_policy/mean": "lag %.0f"}
     parts = [form % row[k] if row.get(k) is not None else f"{form.split()[0]} -" for k, form in forms.items()]
+    if row.get("reward/all/invalid"):
+        parts.append(f"invalid {row['reward/all/invalid']:.1%}")
     seconds = row.get("time/step")
     if seconds and row.get("tokens/trained") is not None:
         parts.append(f"{row['tokens/trained'] / seconds:.0f} tokens/s")

@@ -11,6 +11,7 @@ from oapl_engine.errors import ConfigError
 from oapl_engine.report.metrics import read_evaluations, read_metrics
 
 Curve = Sequence[tuple[int, float, float]]  # (k, pass@k, standard error)
+REWARD_COLUMNS = ("reward_mean", "reward_error")
 SMOOTH = 8  # steps in the running mean of the reward
 
 
@@ -55,7 +56,11 @@ def _reward(axes: Any, steps: list[int], rows: list[dict[str, Any]], run_dir: Pa
     if held_out:
         values, errors = ([_number(row[key]) for row in held_out.values()] for key in ("pass_at_k", "standard_error"))
         axes.errorbar(list(held_out), values, errors, fmt="o", color="black", label="held-out pass@1")
-    axes.set_ylim(0, 1)
+        rewards, spreads = ([_number(row.get(key)) for row in held_out.values()] for key in REWARD_COLUMNS)
+        if not np.allclose(rewards, values, equal_nan=True) and np.isfinite(rewards).any():
+            axes.errorbar(list(held_out), rewards, spreads, fmt="s", color="tab:green", label="held-out reward")
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(0, low), max(1, high))
     axes.legend(loc="lower right")
 
 

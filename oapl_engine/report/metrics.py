@@ -19,6 +19,7 @@ METRICS = {
     "off_policy/mean": "the same, mean over groups",
     "off_policy/max": "the same, stalest group",
     "reward/all/mean": "mean reward of the step's scored rollouts",
+    "reward/all/invalid": "share of the responses verified so far that got no reward",
     "loss": "loss of the step, as the objective normalizes it",
     "residual/mean": "mean of β2·Σ log-ratio - A, reward units; objectives with a squared residual only",
     "advantage/mean": "mean advantage of the trained rollouts, reward units",

@@ -13,10 +13,15 @@ MAX_FRAME = 64 << 20
 
 def write_frame(fd: int, message: dict[str, Any]) -> None:
     """Raises BrokenPipeError where the other end is closed."""
-    body = json.dumps(message, default=str).encode()
+    body = json.dumps(message, default=_plain).encode()
     data = memoryview(LENGTH.pack(len(body)) + body)
     while data:
         data = data[os.write(fd, data) :]
+
+
+def _plain(value: Any) -> Any:
+    """numpy's and torch's numbers and arrays as JSON has them; what JSON does not have as its text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def read_frame(fd: int, seconds: float | None = None) -> dict[str, Any]:

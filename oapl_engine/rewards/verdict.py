@@ -11,8 +11,10 @@ import functools
 import importlib
 import math
 import numbers
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Literal
 
 from oapl_engine.errors import ConfigError, load_object, nearest
@@ -24,7 +26,7 @@ VERIFIERS = {
     "math": "oapl_engine.rewards.math_answer:score",
     "reasoning_gym": "oapl_engine.rewards.reasoning:score",
 }
-REASON_CHARACTERS = 2000
+REASON_CHARACTERS, TRACEBACK_CHARACTERS = 2000, 8000
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Verdict:
     status:  scored: reward is a finite number; invalid: it ran out of time or memory, or its reward is not a finite
              number; error: the verifier raised or its process died
     reward:  None unless scored; nothing is trained then
-    detail:  what the verifier reports; without a reward detail["reason"] says why
+    detail:  what the verifier reports; without a reward detail["reason"] says why, and detail["traceback"] where the
+             verifier raised
     """
 
     status: Literal["scored", "invalid", "error"]
@@ -54,7 +57,8 @@ def verify(name: str, response: str, record: dict[str, Any], options: dict[str, 
     except MemoryError:
         return Verdict("invalid", None, {"reason": "out of memory (reward.memory_mb)"})
     except Exception as error:  # any exception of a verifier is reported as its verdict
-        return Verdict("error", None, {"reason": f"{type(error).__name__}: {error}"[:REASON_CHARACTERS]})
+        reason = f"{type(error).__name__}: {error}"[:REASON_CHARACTERS]
+        return Verdict("error", None, {"reason": reason, "traceback": traceback.format_exc()[-TRACEBACK_CHARACTERS:]})
 
 
 @functools.cache
@@ -80,9 +84,30 @@ def check_verifier(name: str, options: dict[str, Any]) -> None:
 
 
 def _checked(result: Any) -> Verdict:
-    reward, detail = result if isinstance(result, tuple) else (result, {})
-    if not isinstance(reward, numbers.Real):
+    reward, detail = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+    detail = _as_detail(detail)
+    value = _as_number(reward)
+    if value is None:
         return Verdict("invalid", None, {**detail, "reason": f"reward {reward!r:.100} is not a number"})
-    if not math.isfinite(reward):
-        return Verdict("invalid", None, {**detail, "reason": f"reward is {float(reward)}, not finite"})
-    return Verdict("scored", float(reward), detail)
+    if not math.isfinite(value):
+        return Verdict("invalid", None, {**detail, "reason": f"reward is {value}, not finite"})
+    return Verdict("scored", value, detail)
+
+
+def _as_number(reward: Any) -> float | None:
+    """The number that people's code returns: Python's, numpy's and torch's scalars, Decimal. None for anything else."""
+    if getattr(reward, "ndim", None) == 0 and hasattr(reward, "item"):
+        reward = reward.item()
+    if not isinstance(reward, numbers.Real | Decimal):
+        return None
+    try:
+        return float(reward)
+    except OverflowError:
+        return math.inf
+
+
+def _as_detail(detail: Any) -> dict[str, Any]:
+    """Details are kept as JSON, whose keys are text."""
+    if detail is None:
+        return {}
+    return {str(key): value for key, value in detail.items()} if isinstance(detail, dict) else {"detail": detail}

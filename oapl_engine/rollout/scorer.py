@@ -1,66 +1,108 @@
 """From the token ids of a response to a verdict: decode, then verify in a process that can be killed."""
 
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from oapl_engine.config import RewardConfig
+from oapl_engine.errors import RunError
 from oapl_engine.rewards import Verdict, VerifierPool
 from oapl_engine.rewards.verdict import check_verifier
 from oapl_engine.samples import Prompt
+from oapl_engine.text import TokenIds, response_text
 
-TokenIds = Sequence[int] | NDArray[np.int32]
+FEWEST, RECENT = 32, 256  # verdicts that a share is judged on, and those that are remembered
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """A verifier by name, its options, the processes that run it, and the tokenizer of the policy.
+class InvalidShare:
+    """Watches how many responses get no reward. Safe to use from several threads.
 
-    timed: makes a context that measures the seconds of one verdict.
+    limit:  reward.max_invalid_share
+    say:    receives the first verdict without a reward as a line
     """
 
-    pool: VerifierPool
-    name: str
-    options: dict[str, Any]
-    tokenizer: Any
-    timed: Callable[[], AbstractContextManager[Any]] = nullcontext
+    def __init__(self, limit: float, say: Callable[[str], None] = lambda text: None) -> None:
+        self.limit = limit
+        self._say = say
+        self._recent: deque[bool] = deque(maxlen=RECENT)
+        self._said = False
+        self._lock = threading.Lock()
+
+    def count(self, prompt: Prompt, verdict: Verdict) -> None:
+        """Raises RunError where more than `limit` of the recent responses have no reward."""
+        failed = verdict.status != "scored"
+        with self._lock:
+            self._recent.append(failed)
+            first, self._said = failed and not self._said, self._said or failed
+            share = sum(self._recent) / len(self._recent)
+            judged = len(self._recent) >= FEWEST
+        if first:
+            self._say(f"first response without a reward, to problem {prompt.id}: {why_invalid(verdict)}")
+        if failed and judged and share > self.limit:
+            raise RunError(too_many_invalid(share, self.limit, verdict))
+
+
+def why_invalid(verdict: Verdict) -> str:
+    """What a verdict without a reward says of its reason, its traceback included."""
+    return str(verdict.detail.get("traceback") or verdict.detail.get("reason")).strip()
+
+
+def too_many_invalid(share: float, limit: float, last: Verdict) -> str:
+    """The message that ends a run or an evaluation."""
+    return (
+        f"{share:.0%} of the responses got no reward (reward.max_invalid_share = {limit:g}). A verifier gives wrong "
+        f"answers a reward of 0 and fails only where the record is unusable. The last one: {why_invalid(last)}"
+    )
+
+
+class Scorer:
+    """A verifier by name, its options, the processes that run it, and what turns tokens into text.
+
+    tokenizer, ends:  of the policy; token ids that end a response
+    invalid:          told of every verdict on a response that may be trained on
+    timed:            makes a context that measures the seconds of one verdict
+    """
+
+    def __init__(
+        self,
+        reward: RewardConfig,
+        verifier: str,
+        options: dict[str, Any],
+        tokenizer: Any,
+        ends: tuple[int, ...],
+        say: Callable[[str], None] = lambda text: None,
+        timed: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        """Verifier and options are the data source's, used where [reward] names none; `say` receives lines for the
+        user. Raises ConfigError for an unknown verifier or option. To be closed."""
+        self.name, self.options = reward_of(reward, verifier, options)
+        self.tokenizer, self.ends = tokenizer, ends
+        self.invalid = InvalidShare(reward.max_invalid_share, say)
+        self.timed = timed
+        self.pool = VerifierPool(reward.workers, reward.timeout_seconds, reward.memory_mb)
 
     async def verify(self, prompt: Prompt, response: TokenIds) -> Verdict:
-        """The verdict on one response [R]."""
-        text = self._text(response)
+        """The verdict on one response [R]. Raises RunError where too many have no reward."""
+        text = response_text(self.tokenizer, response, self.ends)
         with self.timed():  # next to generation: these seconds overlap
-            return await self.pool.verify(self.name, text, prompt.record, self.options)
+            verdict = await self.pool.verify(self.name, text, prompt.record, self.options)
+        self.invalid.count(prompt, verdict)
+        return verdict
 
     def verify_many(self, pairs: Sequence[tuple[Prompt, TokenIds]]) -> list[Verdict]:
         """Verdicts on (prompt, response) pairs, in their order."""
-        items = [(self._text(response), prompt.record) for prompt, response in pairs]
+        items = [(response_text(self.tokenizer, response, self.ends), prompt.record) for prompt, response in pairs]
         return self.pool.verify_many(self.name, items, self.options)
 
     def close(self) -> None:
         """End the verifier processes."""
         self.pool.close()
 
-    def _text(self, response: TokenIds) -> str:
-        text: str = self.tokenizer.decode(np.asarray(response).tolist(), skip_special_tokens=True)
-        return text
 
-
-def open_scorer(
-    reward: RewardConfig,
-    verifier: str,
-    options: dict[str, Any],
-    tokenizer: Any,
-    timed: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Scorer:
-    """The scorer of a recipe's [reward]; verifier and options are the data source's, used where [reward] names none.
-
-    Raises ConfigError for an unknown verifier or option; close() the result.
-    """
-    name, merged = reward.name or verifier, options | reward.options
+def reward_of(reward: RewardConfig, verifier: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and options of the verifier: those of [reward] over the data source's. Raises ConfigError."""
+    name, merged = reward.name or verifier, (options if reward.name in ("", verifier) else {}) | reward.options
     check_verifier(name, merged)
-    pool = VerifierPool(reward.workers, reward.timeout_seconds, reward.memory_mb)
-    return Scorer(pool, name, merged, tokenizer, timed)
+    return name, merged

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -62,13 +62,13 @@ class Limits:
 
     vocabulary:      rows of the head; token ids are below it
     max_new_tokens:  responses are cut here
-    stop_token_ids:  that end a response; empty: the tokenizer's eos
+    ends:            token ids that end a response
     group_size:      rollouts that a group has at least
     """
 
     vocabulary: int
     max_new_tokens: int
-    stop_token_ids: tuple[int, ...]
+    ends: tuple[int, ...]
     group_size: int
 
 
@@ -104,8 +104,6 @@ def _exported(rollout: Rollout, trained_steps: list[int]) -> dict[str, Any]:
 def read_rollouts(path: str | Path, limits: Limits, tokenizer: Any = None) -> RolloutFile:
     """All rollouts of a .jsonl or .parquet file; the tokenizer is needed for text. ConfigError names file and line."""
     path = Path(path)
-    if not limits.stop_token_ids and tokenizer is not None:
-        limits = replace(limits, stop_token_ids=(tokenizer.eos_token_id,))
     rows = _rows(path)
     first = next(rows, None)
     if first is None:
@@ -203,7 +201,7 @@ def _our_rollout(where: str, row: dict[str, Any], limits: Limits) -> Rollout:
         mask,
         key=row["key"],
         spans=_spans(where, row, len(response)),
-        finish="stop" if len(response) and response[-1] in limits.stop_token_ids else "length",
+        finish="stop" if len(response) and response[-1] in limits.ends else "length",
         status=row["status"],
         reward=_reward(where, "reward", row["reward"]) if scored else None,
     )
@@ -268,7 +266,7 @@ def _authors_rollout(
     if not isinstance(row["response"], str) or not row["response"]:
         raise ConfigError(f"{where}: response is empty or not text: a rollout needs at least one token")
     ids = list(tokenizer(row["response"], add_special_tokens=False)["input_ids"])
-    if ids[-1] not in limits.stop_token_ids:
+    if ids[-1] not in limits.ends:
         ids.append(tokenizer.eos_token_id)  # text loses the stop token that the policy sampled
     response = _tokens(where, "response", ids, limits)[: limits.max_new_tokens]
     return make_rollout(

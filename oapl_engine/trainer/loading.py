@@ -137,6 +137,15 @@ def load_tokenizer(path: str) -> Any:
         raise _refused(path, " has no tokenizer: add tokenizer.json and tokenizer_config.json") from error
 
 
+def read_text_config(path: str) -> dict[str, Any]:
+    """Fields of the text part of a model's config; `vocab_size`: rows of its head. Raises ConfigError."""
+    try:
+        fields: dict[str, Any] = AutoConfig.from_pretrained(path).get_text_config().to_dict()
+    except (OSError, ValueError, KeyError) as error:
+        raise _refused(path, f" cannot be loaded: {error}") from error
+    return fields
+
+
 def _check_weights(network: PreTrainedModel, tokens: int, path: str) -> None:
     rows = len(network.get_output_embeddings().weight)
     if tokens > rows:

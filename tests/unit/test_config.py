@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from oapl_engine import config, config_file
 from oapl_engine.cli import configuration_page
-from oapl_engine.orchestrator.run import check_names
+from oapl_engine.orchestrator.preflight import check_names
 from oapl_engine.sft_config import load_sft_recipe
 from tests.conftest import ROOT
 

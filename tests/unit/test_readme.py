@@ -10,7 +10,7 @@ import pytest
 from oapl_engine.config import load_recipe
 from oapl_engine.data.micro import micro_tokenizer
 from oapl_engine.data.task import load_task
-from oapl_engine.orchestrator.run import check_names
+from oapl_engine.orchestrator.preflight import check_names
 from oapl_engine.rewards import VerifierPool
 from tests.conftest import ROOT
 from tests.support.readme import COMMANDS, OWN_RUN, TEXT, write_own_files

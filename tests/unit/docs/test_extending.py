@@ -16,7 +16,7 @@ from oapl_engine import config
 from oapl_engine.config_file import build, read_toml
 from oapl_engine.data.micro import micro_tokenizer
 from oapl_engine.data.task import load_task
-from oapl_engine.orchestrator.run import check_names
+from oapl_engine.orchestrator.preflight import check_names
 from oapl_engine.rewards import VerifierPool
 from oapl_engine.trainer.loading import choose_packing_mode
 from oapl_engine.trainer.objective import make_objective, normalizer

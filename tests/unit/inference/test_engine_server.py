@@ -34,7 +34,7 @@ class LateLLM:
 
 def test_a_pause_ends_when_the_last_output_has_arrived():
     async def scene():
-        server, samples = EngineServer(LateLLM(), (1,), EngineOptions(""), on_cpu=True), []
+        server, samples = EngineServer(LateLLM(), EngineOptions(""), on_cpu=True), []
         server._params = lambda how, done: None
         how = msgspec.to_builtins(Sampling(max_new_tokens=4))
         running = asyncio.create_task(server.generate([3, 4], 2, how, samples.append))

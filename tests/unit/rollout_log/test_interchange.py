@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from oapl_engine.errors import ConfigError
 from oapl_engine.rollout_log.interchange import Limits, read_rollouts
 
-LIMITS = Limits(vocabulary=97, max_new_tokens=16, stop_token_ids=(2,), group_size=2)
+LIMITS = Limits(vocabulary=97, max_new_tokens=16, ends=(2,), group_size=2)
 
 
 def row(sample=0, **fields):

@@ -95,7 +95,7 @@ class Phased:
     def __init__(self, policy, capacity, monkeypatch):
         self.policy, self.device, self.monkeypatch = policy, Device(capacity), monkeypatch
         self.optimizer = make_optimizer(policy, config.OptimizerConfig(learning_rate=1e-3))
-        self.server = EngineServer(FakeLLM(self.device), (), EngineOptions("", version=-1), on_cpu=False)
+        self.server = EngineServer(FakeLLM(self.device), EngineOptions("", version=-1), on_cpu=False)
         self.inbox, self.count = queue.SimpleQueue(), 0
 
     def handlers(self):

@@ -1,0 +1,77 @@
+"""What can be checked of a recipe before a model is loaded: names, packages, data, and the reward on one problem."""
+
+import contextlib
+import importlib.util
+from pathlib import Path
+
+from oapl_engine.config import Recipe
+from oapl_engine.data.problem import Problem, Source
+from oapl_engine.data.sources import check_source, open_source
+from oapl_engine.errors import ConfigError
+from oapl_engine.rewards import VerifierPool
+from oapl_engine.rewards.verdict import check_verifier
+from oapl_engine.rollout.scorer import reward_of, why_invalid
+from oapl_engine.trainer.objective import make_objective
+from oapl_engine.weights.transports import check_transport
+
+NONSENSE = "I do not know."  # what an untrained model answers: a verifier gives it a reward too
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raises ConfigError for everything that is wrong without a look at the model; quickest first."""
+    check_names(recipe)
+    check_packages(recipe)
+    if recipe.schedule.traits.generates:
+        source = open_source(recipe.data)
+        _check_held_out(recipe, source)
+        check_reward(recipe, source)
+    elif not Path(recipe.data.path).is_file():
+        raise ConfigError(f"data.path = {recipe.data.path} is not a file: name one with finished rollouts")
+
+
+def check_names(recipe: Recipe) -> None:
+    """Raises ConfigError for a source, verifier, objective or transport that is missing. Reads no data."""
+    generates = recipe.schedule.traits.generates
+    check_source(recipe.data, generates)
+    make_objective(recipe.objective, recipe.objective.beta2)
+    if generates:
+        check_transport(recipe.weights.transport)
+        if recipe.reward.name:
+            check_verifier(recipe.reward.name, recipe.reward.options)
+
+
+def check_packages(recipe: Recipe) -> None:
+    """Raises ConfigError for a package that the recipe needs and that is not installed."""
+    needs = {"tensorboard": recipe.report.tensorboard, "wandb": bool(recipe.report.wandb)}
+    for package, wanted in needs.items():
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"report.{package} needs the package {package}: pip install {package}")
+
+
+def check_reward(recipe: Recipe, source: Source) -> None:
+    """Score one problem's answer, and nonsense, in a verifier process. Raises ConfigError where there is no reward."""
+    name, options = reward_of(recipe.reward, source.verifier, source.verifier_options)
+    problem = source.problem(0)
+    limits = recipe.reward
+    with contextlib.closing(VerifierPool(1, limits.timeout_seconds, limits.memory_mb)) as pool:
+        responses = [str(problem.record.get("answer", NONSENSE)), NONSENSE]
+        verdicts = pool.verify_many(name, [(response, problem.full_record) for response in responses], options)
+    for response, verdict in zip(responses, verdicts, strict=True):
+        if verdict.status != "scored":
+            raise ConfigError(_no_reward(name, problem, response, why_invalid(verdict)))
+
+
+def _no_reward(name: str, problem: Problem, response: str, why: str) -> str:
+    return (
+        f'reward.name = "{name}" gives no reward to the response {response!r:.80} to problem {problem.id}, '
+        f"whose record has {', '.join(problem.full_record)}: {why}"
+    )
+
+
+def _check_held_out(recipe: Recipe, source: Source) -> None:
+    """A rough check; the exact one needs the tokenizer."""
+    if source.finite and recipe.data.held_out >= source.size:
+        raise ConfigError(
+            f"data.held_out = {recipe.data.held_out}: {source.name} has {source.size} problems, and some must be left "
+            "to train on; lower held_out"
+        )
