@@ -34,11 +34,7 @@ def encode_messages(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """
     import jinja2
 
-    if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError(
-            'the tokenizer has no chat template, and the prompt is a chat: write data.template = "raw", or a text with '
-            "{question} in it, or use a model that was trained to chat"
-        )
+    check_has_template(tokenizer)
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
@@ -54,6 +50,15 @@ def _with_one_bos(tokenizer: Any, ids: list[int]) -> list[int]:
     while tokenizer.bos_token_id is not None and ids[:2] == 2 * [tokenizer.bos_token_id]:
         ids = ids[1:]
     return ids
+
+
+def check_has_template(tokenizer: Any) -> None:
+    """Raises ConfigError where the tokenizer cannot render a chat."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            'data.template = "chat": the tokenizer has no chat template; write data.template = "raw", or a text with '
+            "{question} in it, or use a model that was trained to chat"
+        )
 
 
 def encode_response(tokenizer: Any, text: str, ends: Sequence[int]) -> list[int]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from oapl_engine.config import DataConfig, check_template
 from oapl_engine.data.problem import Problem
 from oapl_engine.errors import ConfigError
-from oapl_engine.text import encode_messages, encode_text
+from oapl_engine.text import check_has_template, encode_messages, encode_text
 
 Render = Callable[[Problem], NDArray[np.int32]]
 
@@ -24,6 +24,8 @@ def renderer(data: DataConfig, tokenizer: Any) -> Render:
     if data.template != "chat" and data.system:
         raise ConfigError(f'data.system is set, but data.template = "{data.template}" has no place for it: use "chat"')
     check_template(data.template)
+    if data.template == "chat":
+        check_has_template(tokenizer)
 
     def render(problem: Problem) -> NDArray[np.int32]:
         if problem.messages or data.template == "chat":

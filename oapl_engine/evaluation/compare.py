@@ -112,7 +112,7 @@ def evaluation_recipe(
     if task:
         wanted = BENCHMARKS[task].max_new_tokens if task in BENCHMARKS else SamplingConfig().max_new_tokens
         room = [read_text_config(t.folder).get("max_position_embeddings") or 2 * wanted for t in targets]
-        tables["sampling"] = {"max_new_tokens": min(wanted, *(positions // 2 for positions in room))}
+        tables["sampling"] = {"max_new_tokens": min([wanted, *(positions // 2 for positions in room)])}
     tables = apply_overrides(tables, overrides, Recipe)
     tables["evaluation"] = tables.get("evaluation", {}) | {"n": n, "k": list(ks)}
     recipe: Recipe = build(Recipe, tables, "oapl eval")

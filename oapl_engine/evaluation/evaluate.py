@@ -10,6 +10,7 @@ from typing import Any
 from oapl_engine.errors import RunError
 from oapl_engine.evaluation.pass_at_k import mean_and_error, paired_difference, pass_at_k_each
 from oapl_engine.inference.protocol import Sampling
+from oapl_engine.rewards import Verdict
 from oapl_engine.rollout.scorer import too_many_invalid
 from oapl_engine.rollout.session import EngineSession
 from oapl_engine.samples import Prompt
@@ -97,20 +98,11 @@ def evaluate(
 
     Raises ValueError where the session returns another number of samples or verdicts than asked for.
     """
-    if not prompts:
-        raise ValueError("no held-out problem to evaluate: raise data.held_out, or set evaluation.n = 0")
-    groups = session.generate(prompts, n, sampling)
-    if [len(group) for group in groups] != [n] * len(prompts):
-        sizes = [len(group) for group in groups]
-        raise ValueError(f"the engine returned groups of {sizes}, not {len(prompts)} of {n}")
-    pairs = [(prompt, sample.ids()) for prompt, group in zip(prompts, groups, strict=True) for sample in group]
-    verdicts = session.verify(pairs)
-    if len(verdicts) != len(pairs):
-        raise ValueError(f"the verifier returned {len(verdicts)} verdicts on {len(pairs)} responses")
-    failed = [verdict for verdict in verdicts if verdict.status != "scored"]
-    if len(failed) > max_invalid_share * len(verdicts):
-        raise RunError(too_many_invalid(len(failed) / len(verdicts), max_invalid_share, failed[-1]))
-    each = [verdicts[i : i + n] for i in range(0, len(pairs), n)]
+    each = _verdicts(session, prompts, n, sampling)
+    failed = [verdict for group in each for verdict in group if verdict.status != "scored"]
+    share = len(failed) / (n * len(prompts))
+    if share > max_invalid_share:
+        raise RunError(too_many_invalid(share, max_invalid_share, failed[-1]))
     rewards = [[v.reward for v in group if v.reward is not None] for group in each]
     return EvaluationResult(
         step=step,
@@ -124,6 +116,20 @@ def evaluate(
         invalid=tuple(sum(v.status != "scored" for v in group) for group in each),
         reward=tuple(sum(group) / len(group) if group else math.nan for group in rewards),
     )
+
+
+def _verdicts(session: EngineSession, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[list[Verdict]]:
+    if not prompts:
+        raise ValueError("no held-out problem to evaluate: raise data.held_out, or set evaluation.n = 0")
+    groups = session.generate(prompts, n, sampling)
+    if [len(group) for group in groups] != [n] * len(prompts):
+        sizes = [len(group) for group in groups]
+        raise ValueError(f"the engine returned groups of {sizes}, not {len(prompts)} of {n}")
+    pairs = [(prompt, sample.ids()) for prompt, group in zip(prompts, groups, strict=True) for sample in group]
+    verdicts = session.verify(pairs)
+    if len(verdicts) != len(pairs):
+        raise ValueError(f"the verifier returned {len(verdicts)} verdicts on {len(pairs)} responses")
+    return [verdicts[i : i + n] for i in range(0, len(pairs), n)]
 
 
 def append_evaluation(result: EvaluationResult, ks: Sequence[int], run_dir: str | Path) -> None:

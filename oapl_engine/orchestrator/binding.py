@@ -14,6 +14,7 @@ from typing import Any
 from oapl_engine.config import Recipe
 from oapl_engine.errors import ConfigError
 from oapl_engine.fingerprint import code_fingerprint, file_fingerprint, model_fingerprint, package_versions
+from oapl_engine.rollout_log.database import CorruptLogError
 from oapl_engine.rollout_log.journal import Journal
 from oapl_engine.rollout_log.log import RolloutLog
 
@@ -70,14 +71,17 @@ def is_claimed(directory: Path) -> bool:
     checkpoints = directory / "checkpoints"
     if checkpoints.is_dir() and any(checkpoints.iterdir()):
         return True
-    for path in directory.glob("journal*.sqlite"):
-        with closing(Journal(path)) as journal:
-            if journal.steps():
-                return True
-    for path in directory.glob("rollouts/rank*.sqlite"):
-        with closing(RolloutLog(path)) as log:
-            if log.group_keys():
-                return True
+    try:
+        for path in directory.glob("journal*.sqlite"):
+            with closing(Journal(path)) as journal:
+                if journal.steps():
+                    return True
+        for path in directory.glob("rollouts/rank*.sqlite"):
+            with closing(RolloutLog(path)) as log:
+                if log.group_keys():
+                    return True
+    except CorruptLogError:
+        return True  # another version's, or damaged: not ours to remove
     return False
 
 

@@ -86,7 +86,7 @@ def test_readme_own_data_and_reward(tmp_path, monkeypatch):
     check_names(recipe)
     task = load_task(recipe.data, 0, micro_tokenizer())
     assert len(task.held_out) == recipe.data.held_out
-    assert task.prompt(0).record.keys() == {"answer"}
+    assert task.prompt(0).record.keys() == {"question", "answer"}
     items = [(text, problem) for text in (f"{problem['answer']}\n", "-100", "no idea")]
     with closing(VerifierPool()) as pool:
         verdicts = pool.verify_many(recipe.reward.name, items, recipe.reward.options)

@@ -134,7 +134,7 @@ def test_templates():
     cases = {"raw": "12", "chat": "#(7)?12=", "(1)=1;{question}=": "(1)=1;12="}
     for template, expected in cases.items():
         data = DataConfig(template=template, system="(7)" if template == "chat" else "")
-        ids = renderer(data, chat)("12")
+        ids = renderer(data, chat)(Problem("p", "12", {}))
         assert ids.dtype == np.int32
         assert chat.decode(ids) == expected
 

@@ -110,7 +110,7 @@ def test_the_source_gives_prompts_and_held_out_problems(example):
     assert {prompt.id for prompt in prompts}.isdisjoint(prompt.id for prompt in task.held_out)
     number = int(prompts[0].id.removeprefix("square-"))
     assert tokenizer.decode(prompts[0].token_ids) == f"{number}*{number}="
-    assert prompts[0].record == {"answer": str(number**2)}
+    assert prompts[0].record == {"question": f"{number}*{number}=", "answer": str(number**2)}
 
 
 def test_the_transport_publishes_complete_weights(example):

@@ -18,17 +18,17 @@ def test_what_a_task_stands_for():
 def test_the_first_run_says_the_task(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text('[data]\nsource = "micro"\ntask = "sort"\n')
-    recipe = evaluation_recipe(["models/x", str(tmp_path / "run")], "", 4, [1], [])
+    recipe = evaluation_recipe(["models/x", str(tmp_path / "run")], [], "", 4, [1], [])
     assert (recipe.data.source, recipe.data.task) == ("micro", "sort")
 
 
 def test_bad_input(tmp_path):
     with pytest.raises(ConfigError, match="no run with a task"):
-        evaluation_recipe(["models/x"], "", 4, [1], [])
+        evaluation_recipe(["models/x"], [], "", 4, [1], [])
     with pytest.raises(ConfigError, match="1 <= k <= n"):
-        evaluation_recipe(["models/x"], "micro:sort", 4, [1, 8], [])
+        evaluation_recipe(["models/x"], [], "micro:sort", 4, [1, 8], [])
     with pytest.raises(ConfigError, match="unknown field size"):
-        evaluation_recipe(["models/x"], "micro:sort", 4, [1], ["--data.size", "3"])
+        evaluation_recipe(["models/x"], [], "micro:sort", 4, [1], ["--data.size", "3"])
     with pytest.raises(ConfigError, match="does not exist"):
         find_target(str(tmp_path / "missing"))
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from oapl_engine.evaluation.evaluate import append_evaluation, compare, evaluate, read_problems
+from oapl_engine.errors import RunError
+from oapl_engine.evaluation.evaluate import append_evaluation, compare, compare_rewards, evaluate, read_problems
 from oapl_engine.inference.protocol import Sample, Sampling
 from oapl_engine.rewards import Verdict
 from oapl_engine.samples import Prompt
@@ -40,9 +41,10 @@ class FakeSession:
         return Sample(number, ids.tobytes(), np.zeros(2, np.float32).tobytes(), "stop", ((0, 0, 2),))
 
 
-def run(step=0, session=None, prompts=PROMPTS):
+def run(step=0, session=None, prompts=PROMPTS, correct=1.0, max_invalid_share=0.25):
+    limits = {"correct": correct, "max_invalid_share": max_invalid_share}
     sampling = Sampling(temperature=0.7)
-    return evaluate(session or FakeSession(), prompts, 4, sampling, step=step, version=step // 2, seed=5)
+    return evaluate(session or FakeSession(), prompts, 4, sampling, **limits, step=step, version=step // 2, seed=5)
 
 
 def test_partial_credit_and_invalid_samples_are_not_correct():
@@ -54,11 +56,36 @@ def test_partial_credit_and_invalid_samples_are_not_correct():
     assert result.pass_at_k(4)[0] == pytest.approx(2 / 3)
 
 
+def test_rewards_outside_0_to_1_have_a_mean_and_a_threshold():
+    """pass@k counts what reaches evaluation.correct; the mean reward is told whatever the scale."""
+
+    class Distance(FakeSession):
+        def verify(self, pairs):
+            return [Verdict("scored", -5.0 + problem + sample) for problem, sample in (ids for _, ids in pairs)]
+
+    result = run(session=Distance(), correct=-1.0)
+    assert result.correct == (0, 1, 2)
+    assert result.reward == (-3.5, -2.5, -1.5)
+    assert result.mean_reward() == pytest.approx((-2.5, 1 / np.sqrt(3)))
+    assert "reward -2.5000 ± 0.5774" in result.describe()
+    better = run(9, session=FakeSession())
+    assert compare_rewards(result, better)[0] == pytest.approx(np.mean(better.reward) + 2.5)
+
+
+def test_too_many_invalid_responses_are_no_evaluation():
+    """A quarter of the verdicts is invalid: at the limit it is told, above it nothing is returned that could be kept."""
+    assert run(max_invalid_share=0.25).invalid_share == 0.25
+    assert "25.0% invalid" in run().describe()
+    with pytest.raises(RunError, match=r"25% of the responses got no reward .*late"):
+        run(max_invalid_share=0.2)
+
+
 def test_files_have_the_schema_of_the_contract(tmp_path):
     append_evaluation(run(0), KS, tmp_path)
     append_evaluation(run(6), KS, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
-    keys = ["step", "version", "task", "n", "k", "pass_at_k", "standard_error", "seed", "temperature"]
+    keys = ["step", "version", "task", "n", "k", "pass_at_k", "standard_error"]
+    keys += ["reward_mean", "reward_error", "invalid_share", "seed", "temperature"]
     assert [list(row) for row in rows] == [keys] * 4
     assert [(r["step"], r["version"], r["k"]) for r in rows] == [(0, 0, 1), (0, 0, 4), (6, 3, 1), (6, 3, 4)]
     assert rows[0]["pass_at_k"] == pytest.approx(0.25)

@@ -13,11 +13,16 @@ from oapl_engine import config
 from oapl_engine.distributed import Ranks
 from oapl_engine.errors import ConfigError, RunError
 from oapl_engine.inference.client import EngineLostError
+from oapl_engine.inference.protocol import Sampling
+from oapl_engine.orchestrator import generator as generator_module
 from oapl_engine.orchestrator.engine_events import EngineEvents
 from oapl_engine.orchestrator.generator import Generator, context_length, report_dropped
 from oapl_engine.rollout.session import engine_cores
 from oapl_engine.samples import Group, Prompt, Span, make_rollout
 from oapl_engine.scheduler import events as e
+
+
+SAMPLING = Sampling(max_new_tokens=8)
 
 
 class Order:
@@ -69,7 +74,7 @@ def make_generator(make_run):
         if ranks:
             run.ranks = ranks
         session = FakeSession()
-        return Generator(run, session, EngineEvents(queue.SimpleQueue(), 0), Order()), session
+        return Generator(run, session, EngineEvents(queue.SimpleQueue(), 0), Order(), SAMPLING), session
 
     return make
 
@@ -113,7 +118,10 @@ def test_a_submit_is_dealt_to_all_ranks_whose_engine_serves(make_run):
     for rank in range(3):
         other = replace(run, ranks=Ranks(rank, 3))
         generators.append(
-            (Generator(other, session := FakeSession(), EngineEvents(queue.SimpleQueue(), rank), Order()), session)
+            (
+                Generator(other, session := FakeSession(), EngineEvents(queue.SimpleQueue(), rank), Order(), SAMPLING),
+                session,
+            )
         )
 
     def shares(command):
@@ -188,7 +196,7 @@ def test_a_resumed_run_passes_over_what_its_log_holds(make_run):
     run = make_run()
     run.log.append(group_of("0.p0.0", ["scored"] * 2))
     session = FakeSession()
-    Generator(run, session, EngineEvents(queue.SimpleQueue(), 0), Order()).submit(e.Submit(1))
+    Generator(run, session, EngineEvents(queue.SimpleQueue(), 0), Order(), SAMPLING).submit(e.Submit(1))
     assert session.submitted[0][0] == "0.p1.0"
 
 
@@ -234,12 +242,14 @@ def test_prompts_over_the_limit_are_counted_and_listed(tmp_path):
     assert "2 prompts over data.max_prompt_tokens = 64" in said[0]
 
 
-def test_a_context_longer_than_the_model_is_cut_or_refused(make_run):
+def test_a_context_longer_than_the_model_is_cut_or_refused(make_run, monkeypatch):
     run = make_run("--data.max_prompt_tokens", 100)
-    assert context_length(run, SimpleNamespace(max_position_embeddings=1024)) == 108
-    assert context_length(run, SimpleNamespace(max_position_embeddings=64)) == 64
+    for positions, expected in ((1024, 108), (64, 64), (None, 108)):
+        monkeypatch.setattr(generator_module, "read_text_config", lambda _, p=positions: {"max_position_embeddings": p})
+        assert context_length(run) == expected
+    monkeypatch.setattr(generator_module, "read_text_config", lambda _: {"max_position_embeddings": 8})
     with pytest.raises(ConfigError, match=r"max_new_tokens = 8: .* has 8 positions"):
-        context_length(run, SimpleNamespace(max_position_embeddings=8))
+        context_length(run)
 
 
 @pytest.mark.parametrize(

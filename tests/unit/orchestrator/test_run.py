@@ -1,5 +1,8 @@
 """A run directory: one process at a time, one recipe for its life, its state that survives."""
 
+import json
+import shutil
+
 import pytest
 
 from oapl_engine.distributed import ALONE, Ranks
@@ -18,6 +21,7 @@ def test_a_second_process_is_refused_while_the_first_runs(make_run, make_recipe)
 def test_another_recipe_is_refused_by_its_field(make_recipe):
     with open_run(make_recipe(), ALONE) as run:
         save_recipe(run)
+        run.log.append(plain_group(1))
     with (
         pytest.raises(ConfigError, match=r"schedule\.lag was 64, now 8"),
         open_run(make_recipe("--schedule.lag", 8), ALONE),
@@ -33,6 +37,88 @@ def test_bad_input_leaves_the_directory_unbound(make_recipe):
         pass
     with open_run(make_recipe("--schedule.lag", 8), ALONE) as run:
         assert run.recipe.schedule.lag == 8
+
+
+def test_a_start_that_failed_before_its_first_group_claims_nothing(make_recipe, tmp_path):
+    """An engine that did not start, a refused publish: the recipe may be corrected, and nothing of the start stays."""
+    with open_run(make_recipe(), ALONE) as run:
+        save_recipe(run)
+        run.journal.published(0, 0, "aa", 0)
+        (run.directory / "eval.jsonl").write_text("{}\n")
+    with open_run(make_recipe("--schedule.lag", 8), ALONE) as corrected:
+        assert corrected.journal.versions() == []
+        assert not (tmp_path / "run" / "eval.jsonl").exists()
+
+
+def test_bad_input_leaves_no_directory_behind(make_recipe, tmp_path):
+    folder = tmp_path / "new" / "parent" / "run"
+    with pytest.raises(ConfigError, match="held out"), open_run(make_recipe("--run.dir", folder), ALONE):
+        raise ConfigError("held out")
+    assert not (tmp_path / "new").exists()
+    folder.parent.mkdir(parents=True)
+    with pytest.raises(ConfigError), open_run(make_recipe("--run.dir", folder), ALONE):
+        raise ConfigError("held out")
+    assert folder.parent.is_dir()
+
+
+def change(path):
+    path.write_text(path.read_text() + " ")
+
+
+def offline(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text("{}\n")
+    return ["--schedule.mode", "offline", "--data.source", "jsonl", "--data.path", path, "--data.options={}"]
+
+
+def own_objective(tmp_path, monkeypatch):
+    (tmp_path / "bound_objective.py").write_text(
+        "from oapl_kernels.objectives import OBJECTIVES\nf = OBJECTIVES['oapl']\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return ["--objective.name", "bound_objective:f"]
+
+
+def test_changed_contents_are_refused_by_name(make_recipe, tmp_path, monkeypatch):
+    """The data file, the model, a user's own code, the ranks: each is part of what a resume must find as it was."""
+    words = [*offline(tmp_path), *own_objective(tmp_path, monkeypatch)]
+    model = shutil.copytree(make_recipe().model.path, tmp_path / "model")
+    words += ["--model.path", model]
+    with open_run(make_recipe(*words), ALONE) as run:
+        save_recipe(run)
+        run.log.append(plain_group(1))
+    for path, name in (
+        (tmp_path / "rollouts.jsonl", "data.path"),
+        (tmp_path / "bound_objective.py", "objective.name"),
+        (model / "config.json", "model.path"),
+    ):
+        before = path.read_text()
+        change(path)
+        with pytest.raises(ConfigError, match=f"other contents of {name}"), open_run(make_recipe(*words), ALONE):
+            pass
+        path.write_text(before)
+    with open_run(make_recipe(*words), ALONE):
+        pass
+    file = tmp_path / "run" / "bound.json"
+    file.write_text(file.read_text().replace('"ranks": 1', '"ranks": 2'))
+    with (
+        pytest.raises(ConfigError, match="was written by 2 ranks, now there are 1"),
+        open_run(make_recipe(*words), ALONE),
+    ):
+        pass
+
+
+def test_other_package_versions_are_said(make_recipe, tmp_path, capsys):
+    with open_run(make_recipe(), ALONE) as run:
+        save_recipe(run)
+        run.log.append(plain_group(1))
+    file = tmp_path / "run" / "bound.json"
+    bound = json.loads(file.read_text())
+    bound["packages"]["torch"] = "1.13"
+    file.write_text(json.dumps(bound))
+    with open_run(make_recipe(), ALONE):
+        pass
+    assert "started with torch 1.13, now it is" in capsys.readouterr().err
 
 
 def test_a_directory_that_cannot_be_written_is_named(make_recipe, tmp_path):

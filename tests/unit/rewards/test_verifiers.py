@@ -139,7 +139,8 @@ def test_own_verifiers(monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("oops")
 
-    assert verdict_of(monkeypatch, broken).detail == {"reason": "ZeroDivisionError: oops"}
+    assert verdict_of(monkeypatch, broken).detail["reason"] == "ZeroDivisionError: oops"
+    assert 'raise ZeroDivisionError("oops")' in verdict_of(monkeypatch, broken).detail["traceback"]
     assert verdict_of(monkeypatch, broken).status == "error"
 
 
