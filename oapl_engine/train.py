@@ -64,7 +64,7 @@ def run_recipe(recipe: Recipe) -> int:
             learner.recorded_rewards = file.recorded_rewards
             inbox.put(e.Start())
         handlers.append(learner.handlers())  # last: the others prepare Checkpoint and OffloadTrainer
-        state = resume_state(run)
+        state = resume_state(run, recorded=file.recorded_rewards if file else ())
         if run.ranks.rank == 0:
             save_recipe(run)
         record = run.directory / "events.jsonl" if run.ranks.rank == 0 else None
@@ -120,9 +120,9 @@ def summary(recipe: Recipe, steps: int) -> str:
         rewards = [result.mean_reward()[0] for result in (first, last)]
         if rewards != [result.pass_at_k(1)[0] for result in (first, last)]:
             more = f"reward before={rewards[0]:.4f} after={rewards[1]:.4f} "
-    last_row = read_metrics(run / "metrics.jsonl")[-1]
-    if last_row.get("reward/all/invalid"):
-        more += f"invalid={last_row['reward/all/invalid']:.1%} "
+    for row in read_metrics(run / "metrics.jsonl")[-1:]:
+        if row.get("reward/all/invalid"):
+            more += f"invalid={row['reward/all/invalid']:.1%} "
     lines.append(f"done: steps={steps} pass@1 before={before} after={after} {more}run={recipe.run.dir}")
     return "\n".join(lines)
 

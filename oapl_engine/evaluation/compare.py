@@ -22,7 +22,7 @@ from oapl_engine.errors import ConfigError
 from oapl_engine.evaluation.evaluate import EvaluationResult, append_problems, evaluate, read_problems
 from oapl_engine.fingerprint import code_fingerprint, file_fingerprint, model_fingerprint
 from oapl_engine.inference.protocol import Sampling
-from oapl_engine.rollout.scorer import Scorer
+from oapl_engine.rollout.scorer import Scorer, check_reward, reward_of
 from oapl_engine.rollout.session import EngineSession, recipe_engine_options
 from oapl_engine.samples import Prompt
 from oapl_engine.text import describe_dialogue, end_token_ids
@@ -31,6 +31,7 @@ from oapl_engine.trainer.loading import load_tokenizer, read_text_config
 
 UNUSED_SECTIONS = ("schedule", "objective", "train", "optimizer", "weights", "checkpoint", "report")
 TASK_SECTIONS = ("data", "reward", "sampling")  # --task brings its own: a run's template or stop tokens are its task's
+CONTENTS = ("content of data.path", "code of data.source", "code of the reward", "content of the model folder")
 SAMPLES_KEPT = 512  # samples after which the counts are written
 
 Log = Callable[[str], None]
@@ -169,7 +170,7 @@ def evaluate_targets(
     left_out = {id: tokens for examinee in examinees for id, tokens in examinee.problems.left_out.items()}
     if left_out:
         names = ", ".join(f"{id} ({tokens} tokens)" for id, tokens in list(left_out.items())[:5])
-        log(f"left out, too long for a model: {len(left_out)} problems: {names}{', …' if len(left_out) > 5 else ''}")
+        log(f"left out, too long for a model: {names}{f', … ({len(left_out)} in all)' if len(left_out) > 5 else ''}")
     return [_evaluate_target(examinee, left_out, out / _folder_name(examinee.target), log) for examinee in examinees]
 
 
@@ -194,6 +195,8 @@ def _prepare(target: Target, recipe: Recipe, full_set: bool) -> Examinee:
     problems = problem_set(data, recipe.run.seed, tokenizer, full_set)
     if not problems.prompts:
         raise ConfigError("no problem to evaluate: raise data.held_out")
+    reward = reward_of(recipe.reward, problems.verifier, problems.verifier_options)
+    check_reward(recipe.reward, *reward, problems.prompts[0].id, problems.prompts[0].record)
     return Examinee(target, recipe, tokenizer, ends, problems, context)
 
 
@@ -270,12 +273,12 @@ def _settings(examinee: Examinee) -> dict[str, Any]:
     del data["held_out"]  # problems may be added
     return {
         **data,
-        "content of data.path": file_fingerprint(recipe.data.path) if recipe.data.path else None,
-        "code of data.source": code_fingerprint(recipe.data.source),
+        CONTENTS[0]: file_fingerprint(recipe.data.path) if recipe.data.path else None,
+        CONTENTS[1]: code_fingerprint(recipe.data.source),
         "reward": dataclasses.asdict(recipe.reward),
-        "code of the reward": code_fingerprint(recipe.reward.name or examinee.problems.verifier),
+        CONTENTS[2]: code_fingerprint(recipe.reward.name or examinee.problems.verifier),
         "step": examinee.target.step,
-        "weights and tokenizer": model_fingerprint(examinee.target.folder),
+        CONTENTS[3]: model_fingerprint(examinee.target.folder),
         **dataclasses.asdict(recipe.sampling),
         "ends": list(examinee.ends),
         "n": recipe.evaluation.n,
@@ -295,7 +298,5 @@ def _check_same_settings(out: Path, examinee: Examinee) -> None:
     different = [key for key in settings if stored.get(key) != settings[key]]
     if different:
         key = different[0]
-        raise ConfigError(
-            f"{out} holds results with another {key} ({stored.get(key)!r:.60}, now {settings[key]!r:.60}): name "
-            "another --out, or remove it"
-        )
+        values = "" if key in CONTENTS else f" ({stored.get(key)!r:.60}, now {settings[key]!r:.60})"
+        raise ConfigError(f"{out} holds results with another {key}{values}: name another --out, or remove it")

@@ -1,20 +1,16 @@
 """What can be checked of a recipe before a model is loaded: names, packages, data, and the reward on one problem."""
 
-import contextlib
 import importlib.util
 from pathlib import Path
 
 from oapl_engine.config import Recipe
-from oapl_engine.data.problem import Problem, Source
+from oapl_engine.data.problem import Source
 from oapl_engine.data.sources import check_source, open_source
 from oapl_engine.errors import ConfigError
-from oapl_engine.rewards import VerifierPool
 from oapl_engine.rewards.verdict import check_verifier
-from oapl_engine.rollout.scorer import reward_of, why_invalid
+from oapl_engine.rollout.scorer import check_reward, reward_of
 from oapl_engine.trainer.objective import make_objective
 from oapl_engine.weights.transports import check_transport
-
-NONSENSE = "I do not know."  # what an untrained model answers: a verifier gives it a reward too
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -24,7 +20,9 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.schedule.traits.generates:
         source = open_source(recipe.data)
         _check_held_out(recipe, source)
-        check_reward(recipe, source)
+        problem = source.problem(0)
+        reward = reward_of(recipe.reward, source.verifier, source.verifier_options)
+        check_reward(recipe.reward, *reward, problem.id, problem.full_record)
     elif not Path(recipe.data.path).is_file():
         raise ConfigError(f"data.path = {recipe.data.path} is not a file: name one with finished rollouts")
 
@@ -46,26 +44,6 @@ def check_packages(recipe: Recipe) -> None:
     for package, wanted in needs.items():
         if wanted and importlib.util.find_spec(package) is None:
             raise ConfigError(f"report.{package} needs the package {package}: pip install {package}")
-
-
-def check_reward(recipe: Recipe, source: Source) -> None:
-    """Score one problem's answer, and nonsense, in a verifier process. Raises ConfigError where there is no reward."""
-    name, options = reward_of(recipe.reward, source.verifier, source.verifier_options)
-    problem = source.problem(0)
-    limits = recipe.reward
-    with contextlib.closing(VerifierPool(1, limits.timeout_seconds, limits.memory_mb)) as pool:
-        responses = [str(problem.record.get("answer", NONSENSE)), NONSENSE]
-        verdicts = pool.verify_many(name, [(response, problem.full_record) for response in responses], options)
-    for response, verdict in zip(responses, verdicts, strict=True):
-        if verdict.status != "scored":
-            raise ConfigError(_no_reward(name, problem, response, why_invalid(verdict)))
-
-
-def _no_reward(name: str, problem: Problem, response: str, why: str) -> str:
-    return (
-        f'reward.name = "{name}" gives no reward to the response {response!r:.80} to problem {problem.id}, '
-        f"whose record has {', '.join(problem.full_record)}: {why}"
-    )
 
 
 def _check_held_out(recipe: Recipe, source: Source) -> None:

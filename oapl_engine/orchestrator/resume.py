@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from oapl_engine.orchestrator.run import Run
 from oapl_engine.report.metrics import read_evaluations
@@ -15,9 +15,10 @@ from oapl_engine.scheduler.state import Settings, State
 UNTRAINABLE = ("cleared", "lost", "dropped:group_too_small", "dropped:resampled")  # columns of the ledger
 
 
-def resume_state(run: Run) -> State:
-    """The state in which the scheduler continues; a new run's is the same with nothing in it. run.step: of the
-    checkpoint that was loaded.
+def resume_state(run: Run, recorded: Collection[str] = ()) -> State:
+    """The state in which the scheduler continues; a new run's is the same with nothing in it.
+
+    run.step: of the checkpoint that was loaded. recorded: ids of groups whose value is known from recorded rewards.
 
     Steps that were begun after the checkpoint are replayed with the same groups; what the logs of all ranks hold beyond
     them waits. Rank 0's journal alone says what was consumed.
@@ -26,7 +27,7 @@ def resume_state(run: Run) -> State:
     own = {
         "steps": [(step.step, step.groups) for step in run.journal.steps()],
         "versions": run.journal.versions(),
-        "trainable": _trainable(run.log, run.journal),
+        "trainable": _trainable(run.log, run.journal, recorded),
     }
     all_ranks = run.ranks.gather(own)
     steps = [(number, tuple(groups)) for number, groups in all_ranks[0]["steps"]]
@@ -46,14 +47,14 @@ def resume_state(run: Run) -> State:
     )
 
 
-def _trainable(log: RolloutLog, journal: Journal) -> list[tuple[str, int]]:
-    """(id, version) of the log's groups that may be trained, in order of arrival."""
+def _trainable(log: RolloutLog, journal: Journal, recorded: Collection[str]) -> list[tuple[str, int]]:
+    """(id, version) of the log's groups that may be trained, in order of arrival: a value needs two rewards."""
     disposed = journal.dispositions()
     groups = map(log.group, log.group_keys())
     return [
         (group.id, group.version)
         for group in groups
-        if sum(disposed.get(rollout.key) not in UNTRAINABLE for rollout in group.scored()) >= 2
+        if sum(disposed.get(rollout.key) not in UNTRAINABLE for rollout in group.scored()) >= (1 if group.id in recorded else 2)
     ]
 
 

@@ -107,8 +107,7 @@ def open_run(recipe: Recipe, ranks: Ranks) -> Iterator[Run]:
                 stack.enter_context(_locked(directory))
             display = Display(recipe.schedule.steps, recipe.schedule.lag, silent=not first)
             stack.callback(display.close)
-            # rank 0 looks before the others open anything; a model is converted once and used by all
-            path = ranks.broadcast(_bind(directory, recipe, ranks.world, display) if first else None)
+            path = _bind_on_all(directory, recipe, ranks, display)
             journal = Journal(directory / f"journal{ranks.suffix}.sqlite")
             stack.callback(journal.close)
             log = RolloutLog(directory / "rollouts" / f"rank{ranks.rank}.sqlite")
@@ -128,6 +127,20 @@ def open_run(recipe: Recipe, ranks: Ranks) -> Iterator[Run]:
         if first and not (directory / "config.toml").exists():
             _remove_new(missing)
         raise
+
+
+def _bind_on_all(directory: Path, recipe: Recipe, ranks: Ranks, display: Display) -> str:
+    """Rank 0 looks before the others open anything: a model is converted once, and all stop for the same reason."""
+    found = {}
+    if ranks.rank == 0:
+        try:
+            found = {"model": _bind(directory, recipe, ranks.world, display)}
+        except ConfigError as error:
+            found = {"error": str(error)}
+    found = ranks.broadcast(found)
+    if "error" in found:
+        raise ConfigError(found["error"])
+    return str(found["model"])
 
 
 def _bind(directory: Path, recipe: Recipe, world: int, display: Display) -> str:

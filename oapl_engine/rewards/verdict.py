@@ -58,7 +58,9 @@ def verify(name: str, response: str, record: dict[str, Any], options: dict[str, 
         return Verdict("invalid", None, {"reason": "out of memory (reward.memory_mb)"})
     except Exception as error:  # any exception of a verifier is reported as its verdict
         reason = f"{type(error).__name__}: {error}"[:REASON_CHARACTERS]
-        return Verdict("error", None, {"reason": reason, "traceback": traceback.format_exc()[-TRACEBACK_CHARACTERS:]})
+        frames = error.__traceback__.tb_next if error.__traceback__ else None  # from the verifier's own on
+        shown = "".join(traceback.format_exception(error.with_traceback(frames)))
+        return Verdict("error", None, {"reason": reason, "traceback": shown[-TRACEBACK_CHARACTERS:]})
 
 
 @functools.cache

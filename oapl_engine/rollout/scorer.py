@@ -3,16 +3,17 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
 from oapl_engine.config import RewardConfig
-from oapl_engine.errors import RunError
+from oapl_engine.errors import ConfigError, RunError
 from oapl_engine.rewards import Verdict, VerifierPool
 from oapl_engine.rewards.verdict import check_verifier
 from oapl_engine.samples import Prompt
 from oapl_engine.text import TokenIds, response_text
 
+NONSENSE = "I do not know."  # what an untrained model answers: a verifier gives it a reward too
 FEWEST, RECENT = 32, 256  # verdicts that a share is judged on, and those that are remembered
 
 
@@ -106,3 +107,19 @@ def reward_of(reward: RewardConfig, verifier: str, options: dict[str, Any]) -> t
     name, merged = reward.name or verifier, (options if reward.name in ("", verifier) else {}) | reward.options
     check_verifier(name, merged)
     return name, merged
+
+
+def check_reward(
+    reward: RewardConfig, name: str, options: dict[str, Any], problem: str, record: dict[str, Any]
+) -> None:
+    """Score a problem's answer, and nonsense, in a verifier process. Raises ConfigError, with the verifier's traceback,
+    where there is no reward: found before an engine starts."""
+    responses = [str(record.get("answer", NONSENSE)), NONSENSE]
+    with closing(VerifierPool(1, reward.timeout_seconds, reward.memory_mb)) as pool:
+        verdicts = pool.verify_many(name, [(response, record) for response in responses], options)
+    for response, verdict in zip(responses, verdicts, strict=True):
+        if verdict.status != "scored":
+            raise ConfigError(
+                f'reward.name = "{name}" gives no reward to the response {response!r:.80} to problem {problem}, whose '
+                f"record has {', '.join(record)}: {why_invalid(verdict)}"
+            )

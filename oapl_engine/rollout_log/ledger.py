@@ -19,6 +19,8 @@ REASONS = {
     "response",
     "dropped:no_tokens": "no token of the response may be trained on (loss_mask)",
     "dropped:nonfinite": "loss or gradients were not finite: lower optimizer.learning_rate",
+    "waiting": "no step took them: a group needs two scored rollouts, or one and the recorded rewards of others, and a "
+    "step needs schedule.groups_per_step groups",
     "invalid": "the verifier gave no reward",
 }
 

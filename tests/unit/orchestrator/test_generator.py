@@ -21,7 +21,6 @@ from oapl_engine.rollout.session import engine_cores
 from oapl_engine.samples import Group, Prompt, Span, make_rollout
 from oapl_engine.scheduler import events as e
 
-
 SAMPLING = Sampling(max_new_tokens=8)
 
 

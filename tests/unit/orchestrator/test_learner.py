@@ -73,6 +73,27 @@ def test_groups_of_equal_rewards_leave_the_weights(make_run):
     assert set(run.journal.dispositions()) == {"0.p0.0.0", "0.p0.0.1"}
 
 
+def test_a_window_that_trains_nothing_is_warned_of_once(make_run, capsys):
+    """The reason comes from the ledger, and the end of the run repeats it."""
+    run = make_run("--schedule.lag", 2)
+    for number in range(3):
+        run.log.append(random_group(number, 5, [4, 6], rewards=[1.0, 1.0]))
+    learner = Learner.open(run)
+    said = []
+    for number in range(3):
+        learner.train(e.Train(number + 1, (f"0.p{number}.0",)))
+        said.append(capsys.readouterr().err.count("trained nothing"))
+    assert said == [0, 1, 0]
+    assert "in dropped:equal_rewards (all rewards of a group are equal" in learner.why_untrained()
+
+
+def test_a_run_that_trained_has_nothing_to_explain(make_learner):
+    learner = make_learner()
+    learner.train(e.Train(1, KEYS))
+    assert learner.idle_steps == 0
+    assert learner.why_untrained() is None
+
+
 def test_a_resumed_learner_continues_from_its_checkpoint(make_learner, capsys):
     learner = make_learner()
     learner.train(e.Train(1, KEYS))

@@ -1,5 +1,7 @@
 """The scheduler's state after a kill: what was consumed is not trained again, what was not is not lost."""
 
+from dataclasses import replace
+
 import pytest
 
 from oapl_engine.orchestrator.resume import resume_state
@@ -29,6 +31,14 @@ def test_a_new_run_starts_with_nothing(run):
     assert (state.step, state.next_version, state.version, state.published_step) == (0, 0, -1, 0)
     assert (waiting(state), state.replay, state.evaluated) == ([], (), -1)
     assert state.settings.groups_per_step == 2
+
+
+def test_a_single_response_is_trained_where_its_value_is_known(run):
+    """The paper's file has one response per row, and all rewards that were recorded for its prompt."""
+    group = plain_group(1)
+    run.log.append(replace(group, rollouts=group.rollouts[:1]))
+    assert waiting(resume_state(run)) == []
+    assert waiting(resume_state(run, recorded=[group.id])) == [(group.id, 0)]
 
 
 def test_steps_after_the_checkpoint_are_replayed(run):

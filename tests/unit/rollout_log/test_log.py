@@ -124,6 +124,7 @@ def test_ledger_puts_every_token_in_one_column(tmp_path):
         assert columns == {**expected, "cleared": 0, "lost": 8}
         assert sum(columns.values()) == 30
         assert ledger.generated() == 15
+        assert ledger.invalid_counts() == (2, 8)
     journal.done(2, 0, ("0.pa.0",), ["0.pa.0.0"], "cc")  # a second epoch
     journal.dispose({"0.pa.0.0": "cleared"})
     assert kept.read(30) == columns
