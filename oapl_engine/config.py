@@ -5,12 +5,13 @@
 """
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from oapl_engine.config_file import STRICT, apply_overrides, build, read_toml, setting
+from oapl_engine.config_file import STRICT, apply_overrides, build, overridden_fields, read_toml, setting
 from oapl_engine.errors import ConfigError
 from oapl_engine.schedule_config import ScheduleConfig
 
@@ -232,6 +233,25 @@ def check_cross_fields(recipe: Recipe) -> None:
         if broken:
             raise ConfigError(message)
     check_template(recipe.data.template)
+
+
+def check_unread(recipe: Recipe, selector: str, unread: Iterable[str], overrides: Sequence[str] = ()) -> None:
+    """Raises ConfigError for a field among `unread`, "section" or "section.field", that is set to another value than its
+    default, though what `selector` names does not look at it.
+
+    Where an override changes the selector, fields that the file wrote for the one before are passed over.
+    """
+    default, overridden = Recipe(), overridden_fields(overrides)
+    for entry in unread:
+        section, _, name = entry.partition(".")
+        given, usual = getattr(recipe, section), getattr(default, section)
+        for field in [name] if name else [field.name for field in dataclasses.fields(given)]:
+            value = getattr(given, field)
+            stale = selector in overridden and f"{section}.{field}" not in overridden
+            if value != getattr(usual, field) and not stale:
+                chooser, _, choice = selector.partition(".")
+                named = getattr(getattr(recipe, chooser), choice)
+                raise ConfigError(f'{section}.{field} = {value!r} has no effect with {selector} = "{named}": remove it')
 
 
 def _schedule_rules(r: Recipe) -> list[tuple[bool, str]]:

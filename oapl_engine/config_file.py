@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -57,6 +58,12 @@ def apply_overrides(tables: dict[str, Any], overrides: list[str], schema: type) 
             text = words.pop(0)
         _set_field(tables, name, text, schema)
     return tables
+
+
+def overridden_fields(overrides: Iterable[str]) -> set[str]:
+    """The "section.field" that `--section.field value` words name."""
+    names = (word[2:].partition("=")[0].split(".") for word in overrides if word.startswith("--"))
+    return {".".join(parts[:2]) for parts in names if len(parts) > 1}
 
 
 def _set_field(tables: dict[str, Any], name: str, text: str, schema: type) -> None:

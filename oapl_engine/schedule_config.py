@@ -13,18 +13,35 @@ class Mode(NamedTuple):
     generates: a live engine samples rollouts; otherwise they come from a file.
     overlaps: generation continues while the trainer works, on other devices or cores.
     every_step: weights are published after each optimizer step (L = 1).
+    unread: sections and fields of the recipe that nothing looks at; a recipe that sets one means something else.
     """
 
     generates: bool
     overlaps: bool
     every_step: bool
+    unread: tuple[str, ...] = ()
 
 
+WITHOUT_ENGINE = (
+    "reward",
+    "rollout",
+    "weights",
+    "schedule.lag",
+    "schedule.max_kl",
+    "schedule.on_publish",
+    "schedule.window",
+    "schedule.max_groups_ahead",
+    "evaluation.every",
+    "evaluation.task",
+    "evaluation.k",
+    "evaluation.temperature",
+    "evaluation.correct",
+)
 MODES = {
-    "sync": Mode(generates=True, overlaps=False, every_step=True),
+    "sync": Mode(generates=True, overlaps=False, every_step=True, unread=("schedule.max_kl",)),
     "phased": Mode(generates=True, overlaps=False, every_step=False),
     "async": Mode(generates=True, overlaps=True, every_step=False),
-    "offline": Mode(generates=False, overlaps=False, every_step=False),
+    "offline": Mode(generates=False, overlaps=False, every_step=False, unread=WITHOUT_ENGINE),
 }
 
 

@@ -36,7 +36,7 @@ def train(path: str, overrides: list[str]) -> int:
     """Train by the recipe in a file, with `--section.field value` laid over it. Returns the exit code."""
     find_modules_in(Path.cwd(), Path(path).resolve().parent)
     recipe = load_recipe(path, overrides)
-    check_recipe(recipe)
+    check_recipe(recipe, overrides)
     make_missing_model(recipe.model.path, Path(path).parent)
     return run_recipe(recipe)
 

@@ -1,21 +1,25 @@
 """What can be checked of a recipe before a model is loaded: names, packages, data, and the reward on one problem."""
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
-from oapl_engine.config import Recipe
+from oapl_engine.config import Recipe, check_unread
 from oapl_engine.data.problem import Source
 from oapl_engine.data.sources import check_source, open_source
 from oapl_engine.errors import ConfigError
 from oapl_engine.rewards.verdict import check_verifier
 from oapl_engine.rollout.scorer import check_reward, reward_of
-from oapl_engine.trainer.objective import make_objective
+from oapl_engine.trainer.objective import make_objective, unread_fields
 from oapl_engine.weights.transports import check_transport
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Raises ConfigError for everything that is wrong without a look at the model; quickest first."""
-    check_names(recipe)
+def check_recipe(recipe: Recipe, overrides: Sequence[str] = ()) -> None:
+    """Raises ConfigError for everything that is wrong without a look at the model; quickest first.
+
+    overrides: words of the command line that are in the recipe already
+    """
+    check_names(recipe, overrides)
     check_packages(recipe)
     if recipe.schedule.traits.generates:
         source = open_source(recipe.data)
@@ -27,11 +31,14 @@ def check_recipe(recipe: Recipe) -> None:
         raise ConfigError(f"data.path = {recipe.data.path} is not a file: name one with finished rollouts")
 
 
-def check_names(recipe: Recipe) -> None:
-    """Raises ConfigError for a source, verifier, objective or transport that is missing. Reads no data."""
+def check_names(recipe: Recipe, overrides: Sequence[str] = ()) -> None:
+    """Raises ConfigError for a source, verifier, objective or transport that is missing, and for fields that those which
+    are named do not read. Reads no data."""
     generates = recipe.schedule.traits.generates
     check_source(recipe.data, generates)
-    make_objective(recipe.objective, recipe.objective.beta2)
+    objective = make_objective(recipe.objective, recipe.objective.beta2)
+    check_unread(recipe, "schedule.mode", recipe.schedule.traits.unread, overrides)
+    check_unread(recipe, "objective.name", unread_fields(recipe.objective, objective), overrides)
     if generates:
         check_transport(recipe.weights.transport)
         if recipe.reward.name:

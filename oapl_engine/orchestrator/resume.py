@@ -54,7 +54,8 @@ def _trainable(log: RolloutLog, journal: Journal, recorded: Collection[str]) -> 
     return [
         (group.id, group.version)
         for group in groups
-        if sum(disposed.get(rollout.key) not in UNTRAINABLE for rollout in group.scored()) >= (1 if group.id in recorded else 2)
+        if sum(disposed.get(rollout.key) not in UNTRAINABLE for rollout in group.scored())
+        >= (1 if group.id in recorded else 2)
     ]
 
 

@@ -61,7 +61,7 @@ def _reward(axes: Any, steps: list[int], rows: list[dict[str, Any]], run_dir: Pa
             axes.errorbar(list(held_out), rewards, spreads, fmt="s", color="tab:green", label="held-out reward")
     low, high = axes.get_ylim()
     axes.set_ylim(min(0, low), max(1, high))
-    axes.legend(loc="lower right")
+    axes.legend()
 
 
 def _number(value: float | None) -> float:

@@ -127,7 +127,9 @@ class Collector:
         finishing: dict[int, asyncio.Task[Rollout]] = {}
         try:
             async for sample in self.client.generate(prompt.token_ids, group_size, sampling):
-                finishing[sample.index] = asyncio.create_task(self._finish(prompt, group_id, sample))
+                task = asyncio.create_task(self._finish(prompt, group_id, sample))
+                task.add_done_callback(_take_exception)
+                finishing[sample.index] = task
         except EngineLostError:
             pass  # samples that did not arrive are "lost"; the engine's watcher reports its death
         rollouts = []
@@ -167,3 +169,9 @@ class Collector:
         verdict = await self._verify(prompt, rollout.response_ids)
         status: Status = "scored" if verdict.status == "scored" else "invalid"
         return replace(rollout, status=status, reward=verdict.reward, reward_detail=verdict.detail)
+
+
+def _take_exception(task: asyncio.Task[Any]) -> None:
+    """The group raises it, unless the run has ended before: then asyncio need not print it too."""
+    if not task.cancelled():
+        task.exception()

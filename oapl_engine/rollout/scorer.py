@@ -28,21 +28,28 @@ class InvalidShare:
         self.limit = limit
         self._say = say
         self._recent: deque[bool] = deque(maxlen=RECENT)
-        self._said = False
+        self._said = self._raised = False
         self._lock = threading.Lock()
 
     def count(self, prompt: Prompt, verdict: Verdict) -> None:
-        """Raises RunError where more than `limit` of the recent responses have no reward."""
+        """Raises RunError, once, where more than `limit` of the recent responses have no reward."""
+        self.tell(prompt, verdict)
         failed = verdict.status != "scored"
         with self._lock:
             self._recent.append(failed)
-            first, self._said = failed and not self._said, self._said or failed
             share = sum(self._recent) / len(self._recent)
-            judged = len(self._recent) >= FEWEST
+            ends = failed and len(self._recent) >= FEWEST and share > self.limit and not self._raised
+            self._raised = self._raised or ends
+        if ends:
+            raise RunError(too_many_invalid(share, self.limit, verdict))
+
+    def tell(self, prompt: Prompt, verdict: Verdict) -> None:
+        """Say the first verdict without a reward."""
+        failed = verdict.status != "scored"
+        with self._lock:
+            first, self._said = failed and not self._said, self._said or failed
         if first:
             self._say(f"first response without a reward, to problem {prompt.id}: {why_invalid(verdict)}")
-        if failed and judged and share > self.limit:
-            raise RunError(too_many_invalid(share, self.limit, verdict))
 
 
 def why_invalid(verdict: Verdict) -> str:
@@ -95,7 +102,10 @@ class Scorer:
     def verify_many(self, pairs: Sequence[tuple[Prompt, TokenIds]]) -> list[Verdict]:
         """Verdicts on (prompt, response) pairs, in their order."""
         items = [(response_text(self.tokenizer, response, self.ends), prompt.record) for prompt, response in pairs]
-        return self.pool.verify_many(self.name, items, self.options)
+        verdicts = self.pool.verify_many(self.name, items, self.options)
+        for (prompt, _), verdict in zip(pairs, verdicts, strict=True):
+            self.invalid.tell(prompt, verdict)
+        return verdicts
 
     def close(self) -> None:
         """End the verifier processes."""

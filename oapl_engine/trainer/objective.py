@@ -16,10 +16,7 @@ def make_objective(section: ObjectiveConfig, beta2: float) -> Objective:
     beta2 is passed where the factory has a parameter of that name. Raises ConfigError for an unknown name or option.
     """
     name = section.name
-    if name not in OBJECTIVES and ":" not in name:
-        hint = nearest(name, [*OBJECTIVES, "package.module:factory"])
-        raise ConfigError(f'objective.name = "{name}" is unknown; {hint}')
-    factory: Any = OBJECTIVES.get(name) or load_object(name, "objective.name")
+    factory = _factory(name)
     allowed = inspect.signature(factory).parameters
     options = ({"beta2": beta2} if "beta2" in allowed else {}) | section.options
     for option in options:
@@ -34,6 +31,21 @@ def make_objective(section: ObjectiveConfig, beta2: float) -> Objective:
             f'objective.name = "{name}" made a {type(objective).__name__}: a factory returns oapl_kernels.Objective'
         )
     return with_reference_kl(objective, section.reference_coefficient) if section.reference_coefficient else objective
+
+
+def unread_fields(section: ObjectiveConfig, objective: Objective) -> tuple[str, ...]:
+    """Fields of [objective] that this objective does not look at."""
+    unread = [] if objective.baseline == "value" else ["objective.beta1"]
+    if "beta2" not in inspect.signature(_factory(section.name)).parameters:
+        unread += ["objective.beta2", "objective.scale_free_nats"]
+    return tuple(unread)
+
+
+def _factory(name: str) -> Any:
+    if name not in OBJECTIVES and ":" not in name:
+        hint = nearest(name, [*OBJECTIVES, "package.module:factory"])
+        raise ConfigError(f'objective.name = "{name}" is unknown; {hint}')
+    return OBJECTIVES.get(name) or load_object(name, "objective.name")
 
 
 def normalizer(objective: Objective, sequences: int, tokens: int, max_new_tokens: int) -> float:

@@ -47,7 +47,8 @@ def recipe_of(tables):
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_a_run_accepts_the_recipe(example, section):
-    check_names(recipe_of(example(section).tables))
+    tables = example(section).tables
+    check_names(recipe_of(tables), [f"--{name}.{field}" for name, table in tables.items() for field in table])
 
 
 def test_the_objective_trains_a_policy(example):

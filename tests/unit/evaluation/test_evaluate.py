@@ -73,7 +73,7 @@ def test_rewards_outside_0_to_1_have_a_mean_and_a_threshold():
 
 
 def test_too_many_invalid_responses_are_no_evaluation():
-    """A quarter of the verdicts is invalid: at the limit it is told, above it nothing is returned that could be kept."""
+    """A quarter is invalid: at the limit that is told, above it nothing is returned that could be kept."""
     assert run(max_invalid_share=0.25).invalid_share == 0.25
     assert "25.0% invalid" in run().describe()
     with pytest.raises(RunError, match=r"25% of the responses got no reward .*late"):

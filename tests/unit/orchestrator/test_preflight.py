@@ -6,7 +6,7 @@ import pytest
 
 from oapl_engine.errors import ConfigError, find_modules_in, load_object
 from oapl_engine.orchestrator import preflight
-from oapl_engine.orchestrator.preflight import check_recipe
+from oapl_engine.orchestrator.preflight import check_names, check_recipe
 
 
 @pytest.fixture
@@ -40,12 +40,35 @@ def test_bad_recipes_are_refused(make_recipe, problems, words, message):
         check_recipe(make_recipe(*jsonl(problems, *words)))
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--schedule.mode", "sync", "--schedule.lag", 1, "--schedule.max_kl", 0.5],
+            r"max_kl = 0\.5 has no effect .*sync",
+        ),
+        (["--objective.name", "grpo", "--objective.beta2", 0.5], r"beta2 = 0\.5 has no effect with objective\.name"),
+    ],
+)
+def test_a_field_that_nothing_reads_is_refused(make_recipe, words, message):
+    """What the file wrote for the objective that an override replaces is passed over: beta1 of micro.toml here."""
+    with pytest.raises(ConfigError, match=message):
+        check_names(make_recipe(*words), [str(word) for word in words])
+    check_names(make_recipe(*words[:-2]), [str(word) for word in words[:-2]])
+
+
+def test_offline_refuses_what_needs_an_engine(make_recipe, tmp_path):
+    words = ["--schedule.mode", "offline", *jsonl(tmp_path / "none.jsonl"), "--reward.name", "exact"]
+    with pytest.raises(ConfigError, match=r"reward\.name = 'exact' has no effect with schedule\.mode = \"offline\""):
+        check_names(make_recipe(*words), [str(word) for word in words])
+
+
 def test_a_missing_data_file_is_refused(make_recipe, tmp_path):
     with pytest.raises(ConfigError, match=r"does not exist"):
         check_recipe(make_recipe(*jsonl(tmp_path / "none.jsonl")))
     offline = ["--schedule.mode", "offline", *jsonl(tmp_path / "none.jsonl")]
     with pytest.raises(ConfigError, match=r"is not a file"):
-        check_recipe(make_recipe(*offline))
+        check_recipe(make_recipe(*offline), list(map(str, offline)))
 
 
 def test_a_missing_tracker_is_refused(make_recipe, monkeypatch):

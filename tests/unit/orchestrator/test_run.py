@@ -68,7 +68,15 @@ def change(path):
 def offline(tmp_path):
     path = tmp_path / "rollouts.jsonl"
     path.write_text("{}\n")
-    return ["--schedule.mode", "offline", "--data.source", "jsonl", "--data.path", path, "--data.options={}"]
+    return [
+        "--schedule.mode",
+        "offline",
+        "--data.source",
+        "jsonl",
+        "--data.path",
+        path,
+        "--data.options={}",
+    ]
 
 
 def own_objective(tmp_path, monkeypatch):
