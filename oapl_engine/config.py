@@ -236,8 +236,8 @@ def check_cross_fields(recipe: Recipe) -> None:
 
 
 def check_unread(recipe: Recipe, selector: str, unread: Iterable[str], overrides: Sequence[str] = ()) -> None:
-    """Raises ConfigError for a field among `unread`, "section" or "section.field", that is set to another value than its
-    default, though what `selector` names does not look at it.
+    """Raises ConfigError for a field among `unread` ("section" or "section.field") that is set to another value than
+    its default, though what `selector` names does not look at it.
 
     Where an override changes the selector, fields that the file wrote for the one before are passed over.
     """

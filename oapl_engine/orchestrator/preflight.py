@@ -32,8 +32,8 @@ def check_recipe(recipe: Recipe, overrides: Sequence[str] = ()) -> None:
 
 
 def check_names(recipe: Recipe, overrides: Sequence[str] = ()) -> None:
-    """Raises ConfigError for a source, verifier, objective or transport that is missing, and for fields that those which
-    are named do not read. Reads no data."""
+    """Raises ConfigError for a source, verifier, objective or transport that is missing, and for fields that the named
+    ones do not read. Reads no data."""
     generates = recipe.schedule.traits.generates
     check_source(recipe.data, generates)
     objective = make_objective(recipe.objective, recipe.objective.beta2)

@@ -1,10 +1,26 @@
 """`oapl eval`: what its arguments stand for; bad input. With a live engine: tests/live/test_evaluation.py."""
 
+import json
+import shutil
+from dataclasses import replace
+
 import pytest
 
-from oapl_engine.config import DataConfig
+from oapl_engine.config import DataConfig, Recipe, SamplingConfig
+from oapl_engine.data.micro import micro_tokenizer
 from oapl_engine.errors import ConfigError
-from oapl_engine.evaluation.compare import evaluation_recipe, find_target, parse_task
+from oapl_engine.evaluation import compare
+from oapl_engine.evaluation.compare import (
+    Examinee,
+    ProblemSet,
+    Target,
+    evaluation_recipe,
+    find_target,
+    name_apart,
+    parse_task,
+    problem_set,
+)
+from oapl_engine.trainer.loading import read_text_config
 
 
 def test_what_a_task_stands_for():
@@ -34,3 +50,65 @@ def test_bad_input(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ConfigError, match="no checkpoint yet"):
         find_target(str(tmp_path / "run"))
+
+
+def test_models_with_one_name_are_told_apart_by_their_paths():
+    targets = [Target("micro", "models/micro"), Target("micro", "runs/micro/step_1", 1), Target("other", "x")]
+    labels = [target.label for target in name_apart(targets, ["models/micro/", "runs/micro", "x"])]
+    assert labels == ["models/micro", "runs/micro", "other"]
+    with pytest.raises(ConfigError, match="named twice"):
+        name_apart(targets[:2], ["models/micro", "models/../models/micro"])
+
+
+def test_a_task_brings_its_own_way_of_asking(tmp_path, model_folder):
+    """Of a run it keeps the engine's settings: its template, stop tokens and verifier belong to the run's own task."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(
+        '[data]\nsource = "micro"\ntask = "sort"\ntemplate = "raw"\noptions = { digits = 6 }\n'
+        "[sampling]\nmax_new_tokens = 8\nstop_token_ids = [31]\n"
+        '[reward]\nname = "exact"\n[rollout]\nkv_cache_mb = 512\n'
+    )
+    models, targets = [str(tmp_path / "run")], [Target("run", str(model_folder("llama")))]
+    recipe = evaluation_recipe(models, targets, "gsm8k", 4, [1], ["--data.path", "x.jsonl"])
+    positions = read_text_config(targets[0].folder)["max_position_embeddings"]
+    assert recipe.data == replace(DataConfig(), source="benchmark", task="gsm8k", path="x.jsonl")
+    assert recipe.sampling == replace(SamplingConfig(), max_new_tokens=min(1024, positions // 2))
+    assert (recipe.reward.name, recipe.rollout.kv_cache_mb) == ("", 512)
+    asked = evaluation_recipe(models, targets, "gsm8k", 4, [1], ["--sampling.max_new_tokens", "9"])
+    assert asked.sampling.max_new_tokens == 9
+
+
+@pytest.fixture
+def problems(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    questions = ["1+1=", "2+1=", "1+" * 40 + "1="]
+    path.write_text("".join(json.dumps({"question": q, "answer": "2"}) + "\n" for q in questions))
+    return path
+
+
+def test_long_problems_are_left_out_and_listed(problems):
+    data = DataConfig(source="jsonl", path=str(problems), template="raw", max_prompt_tokens=10)
+    found = problem_set(data, 0, micro_tokenizer(), full_set=True)
+    assert sorted(prompt.id for prompt in found.prompts) == ["problems-1", "problems-2"]
+    assert found.left_out == {"problems-3": 82}
+    with pytest.raises(ConfigError, match="all 3 problems are longer than 1 tokens"):
+        problem_set(replace(data, max_prompt_tokens=1), 0, micro_tokenizer(), full_set=True)
+
+
+def test_results_belong_to_the_contents_that_they_were_made_with(problems, tmp_path, model_folder):
+    """The same file name with other problems, and the same folder with other weights, are refused."""
+    folder = shutil.copytree(model_folder("llama"), tmp_path / "model")
+    data = DataConfig(source="jsonl", path=str(problems), template="raw")
+    found = ProblemSet((), "exact", {})
+    examinee = Examinee(Target("m", str(folder)), replace(Recipe(), data=data), None, (2,), found, 64)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "about.json").write_text(json.dumps(compare._settings(examinee)))
+    (out / "eval_problems.jsonl").write_text("")
+    compare._check_same_settings(out, examinee)
+    with problems.open("a") as file:
+        file.write('{"question": "9+1=", "answer": "10"}\n')
+    with pytest.raises(ConfigError, match=r"another content of data\.path: name another --out"):
+        compare._check_same_settings(out, examinee)
+    (out / "eval_problems.jsonl").unlink()
+    compare._check_same_settings(out, examinee)  # a start that failed binds nothing
