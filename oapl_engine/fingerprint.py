@@ -30,6 +30,8 @@ def file_fingerprint(path: str | Path) -> str:
                 for number in range(SAMPLES):
                     file.seek((size - SAMPLE_BYTES) * number // (SAMPLES - 1))
                     digest.update(file.read(SAMPLE_BYTES))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist") from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     return digest.hexdigest()
