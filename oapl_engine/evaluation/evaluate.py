@@ -1,6 +1,5 @@
 """Held-out pass@k of one policy version: generate, verify, write eval.jsonl and eval_problems.jsonl."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from oapl_engine.evaluation.pass_at_k import mean_and_error, paired_difference, pass_at_k_each
+from oapl_engine.files import append_jsonl, read_jsonl
 from oapl_engine.inference.protocol import Sampling
 from oapl_engine.rollout.session import EngineSession
 from oapl_engine.samples import Prompt
@@ -92,14 +92,14 @@ def append_evaluation(result: EvaluationResult, ks: Sequence[int], run_dir: str 
         row = _identity(result) | measured
         lines.append({name: row[name] for name in COLUMNS})
     append_problems(result, run_dir)
-    _append(Path(run_dir) / "eval.jsonl", lines)
+    append_jsonl(Path(run_dir) / "eval.jsonl", lines)
 
 
 def append_problems(result: EvaluationResult, run_dir: str | Path) -> None:
     """One line per problem to eval_problems.jsonl."""
     counts = zip(result.problems, result.correct, result.invalid, strict=True)
     rows = [_identity(result) | {"problem": p, "correct": c, "invalid": i} for p, c, i in counts]
-    _append(Path(run_dir) / "eval_problems.jsonl", rows)
+    append_jsonl(Path(run_dir) / "eval_problems.jsonl", rows)
 
 
 def _identity(result: EvaluationResult) -> dict[str, Any]:
@@ -116,8 +116,7 @@ def compare(before: EvaluationResult, after: EvaluationResult, k: int = 1) -> tu
 def read_problems(run_dir: str | Path) -> list[EvaluationResult]:
     """The evaluations of a run from eval_problems.jsonl, oldest first; one repeated after a resume counts once."""
     found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for line in (Path(run_dir) / "eval_problems.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in read_jsonl(Path(run_dir) / "eval_problems.jsonl"):
         key = tuple(row[name] for name in ID_COLUMNS)
         found.setdefault(key, {})[row["problem"]] = row
     return [
@@ -129,8 +128,3 @@ def read_problems(run_dir: str | Path) -> list[EvaluationResult]:
         )
         for key, rows in found.items()
     ]
-
-
-def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("a") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))

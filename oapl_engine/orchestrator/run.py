@@ -2,7 +2,6 @@
 
 import dataclasses
 import fcntl
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from oapl_engine.data.model_folder import resolve_model
 from oapl_engine.data.sources import check_source
 from oapl_engine.distributed import Ranks
 from oapl_engine.errors import ConfigError
+from oapl_engine.files import replace_text
 from oapl_engine.report.display import Display
 from oapl_engine.rewards.verdict import check_verifier
 from oapl_engine.rollout.session import EngineSession
@@ -132,16 +132,14 @@ def check_names(recipe: Recipe) -> None:
 
 def save_recipe(run: Run) -> None:
     """Bind the directory to its recipe. Called when all input has proved good: a typo binds nothing."""
-    temporary = run.directory / "config.tmp"
-    temporary.write_text(tomli_w.dumps(to_toml(run.recipe)))
-    os.replace(temporary, run.directory / "config.toml")
+    replace_text(run.directory / "config.toml", tomli_w.dumps(to_toml(run.recipe)))
 
 
 @contextmanager
 def _locked(path: Path, recipe: Recipe) -> Iterator[None]:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / "lock", "a")  # noqa: SIM115 (held until the process ends)
+        lock = open(path / "lock", "ab")  # noqa: SIM115 (held until the process ends)
     except OSError as error:
         raise ConfigError(f"run.dir = {path}: {error.strerror}; name a directory you may write to") from error
     try:
