@@ -96,8 +96,8 @@ class Database:
             raise
         except sqlite3.OperationalError as error:
             raise RunError(
-                f"{self.path}: {error}; free disk space, check that you may read it (a run: and write it), and keep the "
-                "-wal and -shm files that a killed run left beside it"
+                f"{self.path}: {error}; free disk space, check that you may read it (a run: and write it), and keep "
+                "the -wal and -shm files that a killed run left beside it"
             ) from error
         except sqlite3.DatabaseError as error:
             raise CorruptLogError(
