@@ -136,7 +136,9 @@ def _cells(what: str, out: Path, seeds: int) -> Iterator[list[Cell]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.lag_map", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.lag_map", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("what", choices=["tune", "map", "variants", "all"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one core each")
