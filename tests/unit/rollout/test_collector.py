@@ -213,8 +213,8 @@ def test_generators_that_are_left_are_closed_with_the_loop(caplog):
                 yield sample(0)
                 await asyncio.Event().wait()
             finally:
-                await asyncio.sleep(0)
                 closed.append(n)
+                await asyncio.sleep(0)
 
     client = Slow()
 

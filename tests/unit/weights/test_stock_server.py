@@ -63,7 +63,12 @@ def test_another_host_is_asked_through_the_proxy(proxy):
 
 @pytest.mark.parametrize(
     ("addresses", "here"),
-    [(["127.0.1.1"], True), (["::1", "127.0.0.1"], True), (["fe80::1%eth0"], False), (["127.0.0.1", "10.0.0.1"], False)],
+    [
+        (["127.0.1.1"], True),
+        (["::1", "127.0.0.1"], True),
+        (["fe80::1%eth0"], False),
+        (["127.0.0.1", "10.0.0.1"], False),
+    ],
 )
 def test_a_name_is_this_host_by_all_its_addresses(addresses, here, monkeypatch):
     found = [(0, 0, 0, "", (address, 0)) for address in addresses]
