@@ -6,6 +6,7 @@ import pkgutil
 import sys
 
 import benchmarks
+from oapl_engine.errors import guarded
 
 
 def main(argv: list[str]) -> int:
@@ -23,4 +24,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(guarded(lambda: main(sys.argv[1:])))

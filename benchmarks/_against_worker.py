@@ -104,7 +104,7 @@ def publish(version: Any, small: bool, golden: str) -> Sample:
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in named_shapes(size).items()}
     command = [sys.executable, __file__, "receiver", *map(str, size)]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
 
     def ask(message: Any) -> Any:
         print(json.dumps(message), file=child.stdin, flush=True)
@@ -221,7 +221,7 @@ def main(argv: list[str]) -> None:
         receive(version, tuple(map(int, argv[1:])))
         return
     name, scale, golden = argv
-    replies = os.fdopen(os.dup(1), "w")
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     make, unit = MEASUREMENTS[name]
     sample = make(version, scale == "small", golden)
     sample()  # warms up

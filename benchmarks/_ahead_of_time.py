@@ -70,7 +70,7 @@ def _read_cubin(cubin: bytes, shared: int) -> Compiled:
         file.flush()
 
         def run(*command: str) -> str:
-            return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+            return subprocess.run([*command, file.name], capture_output=True, encoding="utf-8", check=True).stdout
 
         usage = run(str(_tools() / "cuobjdump"), "-res-usage")
         assembly = run(str(_tools() / "nvdisasm"), "-c")

@@ -29,7 +29,7 @@ class Figure(NamedTuple):
 
 @functools.cache
 def _read(path: str) -> Any:
-    return json.loads((ROOT / path).read_text())
+    return json.loads((ROOT / path).read_text(encoding="utf-8"))
 
 
 @functools.cache

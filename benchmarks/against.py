@@ -30,7 +30,7 @@ QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}  # the
 
 def main(argv: list[str]) -> int:
     """Print the table: 0; 2 where CHECKOUT is not one of this project, or there is no measurement of a number."""
-    parser = argparse.ArgumentParser(prog="benchmarks against", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="benchmarks against", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("checkout", type=Path, help="folder of the other version, with its native code built")
     parser.add_argument("--rounds", type=int, default=5, help="samples of each side")
     parser.add_argument("--only", help="numbers of the measurements to take, by commas, from 1")
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         rows.append(compare(names[number], options.checkout.resolve(), options.rounds, options.small))
         show(rows[-1])
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -78,7 +78,7 @@ def _worker(name: str, checkout: Path, small: bool) -> Iterator[subprocess.Popen
     environment = os.environ | QUIET | {"PYTHONPATH": f"{checkout / 'kernels'}{os.pathsep}{checkout}"}
     command = [sys.executable, str(WORKER), name, "small" if small else "full", str(GOLDEN)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=checkout, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
+    with subprocess.Popen(command, cwd=checkout, env=environment, stdin=pipe, stdout=pipe, encoding="utf-8") as process:
         try:
             yield process
         finally:

@@ -28,14 +28,14 @@ PART = re.compile(r"<!-- generated: (\S+) -->\n(.*?)<!-- end: \1 -->", re.S)
 
 def main(argv: list[str]) -> int:
     """Write the pages that have changed; 0. With --check write nothing; 3 where a page is not up to date."""
-    parser = argparse.ArgumentParser(prog="benchmarks docs", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="benchmarks docs", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing, name the pages that are not up to date")
     check = parser.parse_args(argv).check
-    stale = [path for path in pages() if generate(path) != path.read_text()]
+    stale = [path for path in pages() if generate(path) != path.read_text(encoding="utf-8")]
     for path in stale:
         print(f"{path.relative_to(ROOT)}: {'not up to date: make docs' if check else 'written'}")
         if not check:
-            path.write_text(generate(path))
+            path.write_text(generate(path), encoding="utf-8")
     return 3 if check and stale else 0
 
 
@@ -47,8 +47,8 @@ def pages() -> list[Path]:
 def generate(path: Path) -> str:
     """The text of a page with its generated parts written anew. Raises KeyError for a part that is not in PARTS."""
     if path.name in COMPLETE:
-        return COMPLETE[path.name](path.read_text())
-    return PART.sub(lambda part: _marked(part[1], PARTS[part[1]]()), path.read_text())
+        return COMPLETE[path.name](path.read_text(encoding="utf-8"))
+    return PART.sub(lambda part: _marked(part[1], PARTS[part[1]]()), path.read_text(encoding="utf-8"))
 
 
 def _marked(name: str, text: str) -> str:
@@ -71,7 +71,8 @@ def results(page: str) -> str:
 
 def layers() -> str:
     """Layers of the import contract, top first."""
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = project["tool"]["importlinter"]["contracts"]
     found = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
     rows = [layer.replace("oapl_engine.", "") for layer in found]
     return "\n".join(["```", *rows, "```"])
@@ -168,7 +169,7 @@ def headline() -> str:
 
 def read(name: str) -> Any:
     """A file of benchmarks/data."""
-    return json.loads((DATA / f"{name}.json").read_text())
+    return json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def printed(show: Callable[[Any], object], figures: Any) -> str:

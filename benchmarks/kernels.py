@@ -83,14 +83,14 @@ def one_pass(shape: str, dtype: torch.dtype, sequences: int, name: str) -> dict[
         torch.cuda.reset_peak_memory_stats()
         taken = seconds(function, p)
         return {"seconds": taken, "peak_bytes": torch.cuda.max_memory_allocated() - before}
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before = resident("VmRSS")
     taken = seconds(function, p)
     return {"seconds": taken, "peak_bytes": resident("VmHWM") - before}
 
 
 def resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
@@ -124,7 +124,7 @@ def in_fresh_process(
 ):
     command = [sys.executable, "-m", "benchmarks", "kernels", "--worker", task, "--shapes", shape, "--dtypes", dtype]
     command += ["--sequences", str(sequences), "--rounds", str(rounds), "--name", name]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, encoding="utf-8")
     if done.returncode:
         raise RuntimeError(f"{task} of {name or 'all'} at {shape} {dtype} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -178,7 +178,8 @@ def sweep_cell(shape: str, sequences: int, dtype: str) -> dict:
 def free_bytes() -> float:
     if DEVICE.type == "cuda":
         return torch.cuda.mem_get_info()[0]
-    line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    line = next(x for x in lines if x.startswith("MemAvailable"))
     return int(line.split()[1]) * 1024 * 0.7
 
 
@@ -267,7 +268,7 @@ def show_all(figures: dict[str, list[dict]]) -> None:
 
 def main(argv: list[str]) -> int:
     """Print the tables; 0."""
-    parser = argparse.ArgumentParser(prog="benchmarks kernels", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="benchmarks kernels", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="TxDxV; T a multiple of --sequences")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--sequences", type=int, default=8, help="equal sequences that the T tokens are")
@@ -287,19 +288,19 @@ def main(argv: list[str]) -> int:
         print(json.dumps(worker(options.worker, options.shapes[0], getattr(torch, options.dtypes[0]), *rest)))
         return 0
     if options.show:
-        figures = json.loads(Path(options.show).read_text())
+        figures = json.loads(Path(options.show).read_text(encoding="utf-8"))
         show_all(figures)
     else:
         figures = collect(options)
     if options.json:
         file = Path(options.json)
-        known = json.loads(file.read_text()) if file.exists() else {}
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         for key, entries in figures.items():
             kept = [] if key == "static" else known.get(key, [])
             same = ("shape", "dtype", "sequences", "device")
             new = [[entry.get(name) for name in same] for entry in entries]
             known[key] = [e for e in kept if [e.get(name) for name in same] not in new] + entries
-        file.write_text(json.dumps(known, indent=1) + "\n")
+        file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     if options.svg:
-        Path(options.svg).write_text(chart(figures["results"]))
+        Path(options.svg).write_text(chart(figures["results"]), encoding="utf-8")
     return 0

@@ -40,7 +40,7 @@ PHASES = ("generate", "train", "publish", "attest")
 
 def main(argv: list[str]) -> int:
     """Measure what is missing in --runs, print the tables; 0, or 2 for bad input, or 1 where a run failed."""
-    parser = argparse.ArgumentParser(prog="benchmarks modes", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="benchmarks modes", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", choices=sorted(RECIPES), default="micro")
     parser.add_argument("--runs", help="folder of the runs; those that are finished there are not run again")
     parser.add_argument("--only", choices=sorted(MODES), help="run this one alone, and report nothing yet")
@@ -55,7 +55,8 @@ def main(argv: list[str]) -> int:
         return 0
     figures = report(folder, names)
     if options.json:
-        Path(options.json).write_text(json.dumps({"model": options.model, **figures}, indent=1) + "\n")
+        text = json.dumps({"model": options.model, **figures}, indent=1) + "\n"
+        Path(options.json).write_text(text, encoding="utf-8")
     return 0
 
 

@@ -50,7 +50,7 @@ GPU = Machine(  # assumed: 7B, 16 samples per prompt, answers of 4k tokens in th
 
 def main(argv: list[str]) -> int:
     """Print the tables and the advice; 0, or 3 where the idle bar is missed, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="benchmarks scale", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="benchmarks scale", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--devices", help="device counts of the scaling table, by commas")
     parser.add_argument("--run", action="append", help="run directory: simulate its machine; several: of all together")
     parser.add_argument("--json", help="write the figures to this file")
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.json:
-        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
+        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     if options.svg:
         draw(figures, Path(options.svg))
     return 0 if figures.get("met", True) else 3

@@ -44,7 +44,7 @@ KINDS = ("padded, all logits", "padded, our head", "packed", "shared")
 
 def main(argv: list[str]) -> int:
     """Print the table; 0, or 3 where the bars (2x faster, 0.5x memory, gradients 5e-6 in float32) are missed."""
-    parser = argparse.ArgumentParser(prog="benchmarks trainer", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="benchmarks trainer", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="interleaved repetitions")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="float32", help="of matrix products")
     parser.add_argument("--json", help="write the figures to this file")
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     figures = measure(options.rounds, options.precision)
     show(figures)
     if options.json:
-        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
+        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0 if met(figures) else 3
 
 
@@ -192,14 +192,14 @@ def extra_memory(kind: str, precision: str) -> float:
     for parameter in policy.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     run, _ = gradient_of(kind, policy, group())
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before = _status("VmRSS")
     run()
     return (_status("VmHWM") - before) / 1e3
 
 
 def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
@@ -207,7 +207,7 @@ def _in_fresh_process(kind: str, precision: str) -> float:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-c", "import sys; from benchmarks.trainer import main; main(sys.argv[1:])"]
     command += ["--memory-of", kind, "--precision", precision]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=True)
     return float(done.stdout.split()[-1])
 
 

@@ -61,24 +61,24 @@ PROBE = "Natalia sold 48 clips in April, and half as many in May. In all she sol
 
 def main(argv: list[str]) -> int:
     """Print the tables; 0, or 3 where a bar is missed. With --json, models measured before are kept in the file."""
-    parser = argparse.ArgumentParser(prog="benchmarks weights", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="benchmarks weights", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", choices=["smollm2", *SHAPES, "micro"], default=["smollm2"])
     parser.add_argument("--rounds", type=int, default=5, help="publishes measured after the first")
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--show", help="print the tables of this file and measure nothing")
     options = parser.parse_args(argv)
     if options.show:
-        show(json.loads(Path(options.show).read_text()))
+        show(json.loads(Path(options.show).read_text(encoding="utf-8")))
         return 0
     path = Path(options.json) if options.json else None
-    figures = json.loads(path.read_text()) if path and path.exists() else {}
+    figures = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
     figures["predicted"] = predicted()
     for name in options.models:
         with tempfile.TemporaryDirectory(prefix="oapl-benchmark-") as scratch:
             figures[name] = measure(name, options.rounds, Path(scratch))
     show(figures)
     if path:
-        path.write_text(json.dumps(figures, indent=1) + "\n")
+        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0 if all(met(row) for name, row in figures.items() if name != "predicted") else 3
 
 
@@ -219,7 +219,7 @@ def vllm_paths(folder: str, rounds: int) -> dict[str, float]:
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
     }
     command = [sys.executable, "-m", "benchmarks._vllm_paths", folder, "bfloat16", str(rounds)]
-    done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | more, capture_output=True, encoding="utf-8")
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

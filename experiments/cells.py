@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from oapl_engine.evaluation.evaluate import read_problems
+from oapl_engine.files import append_jsonl, read_jsonl
 from oapl_engine.report.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -54,8 +55,7 @@ def run_cells(recipe: str, cells: Sequence[Cell], out: Path, runs: Path, workers
         row = run_cell(recipe, cell, runs / cell.name, workers)
         with lock:
             out.parent.mkdir(parents=True, exist_ok=True)
-            with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_jsonl(out, [row])
             done[0] += 1
             failed[0] += "failed" in row
             left = (time.monotonic() - started) / done[0] * (len(todo) - done[0]) / 60
@@ -73,7 +73,7 @@ def run_cell(recipe: str, cell: Cell, run: Path, workers: int = 1) -> dict[str, 
     command += as_overrides(cell.settings)
     begun = time.monotonic()
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if workers > 1 else {})
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", env=environment)
     row = {"name": cell.name, **cell.tags, "settings": dict(cell.settings), "seconds": time.monotonic() - begun}
     if done.returncode:
         return row | {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
@@ -116,8 +116,7 @@ def _means(values: Sequence[float | None]) -> list[float | None]:
 
 def read_rows(out: Path) -> dict[str, dict[str, Any]]:
     """Lines of a study by name; the last one of a name counts. A failed cell has no line: it is run again."""
-    lines: Iterable[str] = out.read_text().splitlines() if out.exists() else ()
-    rows = {row["name"]: row for row in map(json.loads, lines)}
+    rows = {row["name"]: row for row in read_jsonl(out)}
     return {name: row for name, row in rows.items() if "failed" not in row}
 
 

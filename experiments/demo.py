@@ -19,6 +19,7 @@ import numpy as np
 
 from experiments.cells import ROOT, as_overrides, read_rows
 from experiments.lag_map import DATA, RECIPE, SETTINGS, best_setting
+from oapl_engine.errors import guarded
 from oapl_engine.report.metrics import read_evaluations, read_metrics
 
 SHOWN = {"OAPL": ("green", "o"), "GRPO-clip": ("blue", "x"), "GRPO uncorrected": ("red", ".")}  # with color, without
@@ -99,7 +100,8 @@ def watch(runs: Path, started: Mapping[str, subprocess.Popen[bytes]], steps: int
         time.sleep(1.0)
     for name, process in started.items():
         if process.returncode:
-            sys.exit(f"error: {name} ended with {process.returncode}:\n{_log(runs, name).read_text()[-800:]}")
+            said = _log(runs, name).read_text(encoding="utf-8", errors="replace")
+            sys.exit(f"error: {name} ended with {process.returncode}:\n{said[-800:]}")
 
 
 def _log(runs: Path, name: str) -> Path:
@@ -108,7 +110,7 @@ def _log(runs: Path, name: str) -> Path:
 
 def _doing(runs: Path, name: str) -> str:
     """The last thing that a run said."""
-    said = _log(runs, name).read_text().splitlines()
+    said = _log(runs, name).read_text(encoding="utf-8").splitlines()
     return said[-1][:60] if said else "starting"
 
 
@@ -126,7 +128,7 @@ def picture(found: Mapping[str, np.ndarray], out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.demo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m experiments.demo", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "demo")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--lag", type=int, default=LAG)
@@ -156,4 +158,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cells import ROOT, Cell, read_rows, run_cells
+from oapl_engine.errors import guarded
 from oapl_engine.evaluation.pass_at_k import mean_and_error, pass_at_k_each
 
 RECIPE = "recipes/micro_sort9.toml"
@@ -135,7 +136,9 @@ def _cells(what: str, out: Path, seeds: int) -> Iterator[list[Cell]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.lag_map", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.lag_map", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("what", choices=["tune", "map", "variants", "all"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one core each")
@@ -149,4 +152,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

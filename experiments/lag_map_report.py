@@ -17,6 +17,7 @@ import numpy as np
 
 from experiments.cells import CURVE, ROOT, read_rows
 from experiments.lag_map import DATA, HELD_OUT, LAGS, SETTINGS, TUNED_AT, tuning_score
+from oapl_engine.errors import guarded
 from oapl_engine.evaluation.pass_at_k import mean_and_error, pass_at_k_each
 
 PAGE = ROOT / "docs" / "results.md"
@@ -264,11 +265,11 @@ def main(argv: list[str] | None = None) -> int:
     if not rows:
         print(f"error: {arguments.data} holds no finished cell: python -m experiments.lag_map all", file=sys.stderr)
         return 2
-    arguments.page.write_text(with_tables(arguments.page.read_text(), report(rows)))
+    arguments.page.write_text(with_tables(arguments.page.read_text(encoding="utf-8"), report(rows)), encoding="utf-8")
     for path in draw(rows, arguments.figures):
         print(f"wrote {path}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

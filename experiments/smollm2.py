@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cells import ROOT, Cell, read_rows, run_cells
+from oapl_engine.errors import guarded
 from oapl_engine.evaluation.pass_at_k import mean_and_error, paired_difference
 
 RECIPE = "recipes/quickstart.toml"
@@ -49,7 +50,9 @@ def table(rows: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.smollm2", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.smollm2", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--out", type=Path, default=DATA)
@@ -61,4 +64,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

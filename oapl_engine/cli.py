@@ -24,12 +24,17 @@ SCHEMAS = {"`oapl train`": Recipe, "`oapl sft`": SftRecipe}
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
+    return guarded(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if not hasattr(arguments, "run"):
         parser.print_help()
         return BAD_INPUT
-    return guarded(lambda: arguments.run(arguments, rest))
+    code: int = arguments.run(arguments, rest)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

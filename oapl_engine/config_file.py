@@ -141,7 +141,7 @@ def describe(schema: type) -> list[tuple[str, str, list[tuple[str, str, str, str
         return name, _type_name(field.annotation), default, field.description
 
     return [
-        (section, kind.__doc__.strip(), [row(*item) for item in kind.__pydantic_fields__.items()])
+        (section, (kind.__doc__ or "").strip(), [row(*item) for item in kind.__pydantic_fields__.items()])
         for section, kind in _sections(schema).items()
     ]
 

@@ -1,7 +1,11 @@
 """What goes wrong in words that a user can act on, and the exit codes of the command line."""
 
+import contextlib
 import difflib
 import importlib
+import io
+import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -9,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 OK, FAILED, BAD_INPUT, DIFFERENCE, INTERRUPTED = 0, 1, 2, 3, 130
+READER_GONE = 141  # as a shell reports a program that SIGPIPE ended
 
 
 class ConfigError(ValueError):
@@ -51,15 +56,42 @@ def find_modules_in(*folders: Path) -> None:
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """The exit code of `work`; bad input, a run that cannot continue, and Ctrl-C are reported in one line on stderr."""
+    """The exit code of `work`, the main function of a program.
+
+    Bad input, a run that cannot continue, and Ctrl-C are reported in one line on stderr; a pipe whose reader has gone
+    (`| head`) ends the program without a word. What the terminal's encoding does not have is printed as "?".
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # Python's own stderr does so already
+        sys.stdout.reconfigure(errors="replace")
     try:
-        return work()
+        try:
+            return work()
+        finally:
+            sys.stdout.flush()  # here, and not when Python ends and can only print a traceback
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return _report(f"error: {error}", BAD_INPUT)
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
+        return _report(f"error: {error}", FAILED)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return INTERRUPTED
+        return _report("stopped", INTERRUPTED)
+    except BrokenPipeError:
+        abandoned = _abandoned_streams()
+        if not abandoned:
+            raise
+        for number in abandoned:  # what is still buffered goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        return READER_GONE
+
+
+def _report(text: str, code: int) -> int:
+    with contextlib.suppress(BrokenPipeError):
+        print(text, file=sys.stderr)
+    return code
+
+
+def _abandoned_streams() -> list[int]:
+    """File descriptors of stdout and stderr, where they are pipes that nobody reads any more."""
+    watch = select.poll()
+    for number in (1, 2):
+        watch.register(number, 0)
+    return [number for number, events in watch.poll(0) if events & select.POLLERR]

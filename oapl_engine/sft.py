@@ -17,6 +17,7 @@ from transformers.utils import logging
 from oapl_engine.data.micro import BOS, EOS, PAD, VOCABULARY, micro_tokenizer
 from oapl_engine.data.task import Task, load_task
 from oapl_engine.errors import ConfigError
+from oapl_engine.files import follow_umask
 from oapl_engine.samples import Prompt
 from oapl_engine.sft_config import SftRecipe, load_sft_recipe
 
@@ -137,6 +138,7 @@ def _save(model: LlamaForCausalLM, tokenizer: Any, out: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
+    follow_umask(part)
     if out.exists():
         shutil.rmtree(out)
     part.rename(out)

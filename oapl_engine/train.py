@@ -8,7 +8,7 @@ import queue
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 # Read when torch loads its OpenMP library: idle threads must not spin on the cores that engine and trainer share.
@@ -86,8 +86,9 @@ def stop_on_signal(inbox: "queue.SimpleQueue[e.Event]") -> Iterator[None]:
 
     def ask(number: int, _: object) -> None:
         inbox.put(e.Stop())
-        os.write(2, b"stopping after a checkpoint; once more stops immediately\n")
         signal.signal(number, signal.default_int_handler)
+        with suppress(OSError):  # the same Ctrl-C ended what read our stderr, such as `tee`
+            os.write(2, b"stopping after a checkpoint; once more stops immediately\n")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

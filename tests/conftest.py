@@ -31,8 +31,8 @@ def pytest_collection_modifyitems(items):
 def pytest_sessionfinish(session):
     path = session.config.getoption("--proofs")
     if path and FIGURES:
-        kept = json.loads(Path(path).read_text()) if Path(path).exists() else {}
-        Path(path).write_text(json.dumps(kept | FIGURES, indent=1, sort_keys=True) + "\n")
+        kept = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
+        Path(path).write_text(json.dumps(kept | FIGURES, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def oapl():
     def run(*arguments, cwd=ROOT, timeout=300, **environment):
         return subprocess.run(
             [sys.executable, "-m", "oapl_engine.cli", *map(str, arguments)],
-            cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=timeout,
+            cwd=cwd, env={**os.environ, **environment}, capture_output=True, encoding="utf-8", timeout=timeout,
         )  # fmt: skip
 
     return run

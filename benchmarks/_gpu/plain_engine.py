@@ -32,7 +32,7 @@ class PlainEngine:
         command = [sys.executable, "-m", "benchmarks._gpu.plain_engine", *map(str, self.size), str(self.device)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
+        self.process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, encoding="utf-8")
 
     def pause(self, mode: str) -> None:
         """Nothing runs."""

@@ -22,7 +22,7 @@ def write_row(stage: str, **values: object) -> None:
     print(line, flush=True)
     folder = Path(os.environ.get("OUT", "gpu_out"))
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "gpu_check.jsonl", "a") as file:
+    with open(folder / "gpu_check.jsonl", "a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 

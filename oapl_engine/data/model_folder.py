@@ -7,12 +7,12 @@ for machines without the hub.
 import difflib
 import importlib.util
 import os
-import shutil
 import tempfile
 import time
 from pathlib import Path
 
 from oapl_engine.errors import ConfigError
+from oapl_engine.files import follow_umask
 
 SMOLLM2 = "smollm2-135m-instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -49,16 +49,16 @@ def _smollm2(models: Path) -> Path:
     print(f"model: converting {GGUF} to {out}, once (about half a minute)", flush=True)
     started = time.monotonic()
     models.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{SMOLLM2}.", dir=models))
-    try:
-        _convert(source, part)
-        part.chmod(0o755)
-        part.rename(out)
-    except OSError:
-        if not out.is_dir():  # else another process was first: its folder is as good
-            raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f".{SMOLLM2}.", dir=models, ignore_cleanup_errors=True) as private:
+        part = Path(private, SMOLLM2)
+        part.mkdir()  # which follows umask, as the private folder does not
+        try:
+            _convert(source, part)
+            follow_umask(part)
+            part.rename(out)
+        except OSError:
+            if not out.is_dir():  # else another process was first: its folder is as good
+                raise
     print(f"model: {out} is ready after {time.monotonic() - started:.0f} s", flush=True)
     return out
 

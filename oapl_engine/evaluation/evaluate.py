@@ -1,6 +1,5 @@
 """Held-out pass@k of one policy version: generate, verify, write eval.jsonl and eval_problems.jsonl."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 from oapl_engine.errors import RunError
 from oapl_engine.evaluation.pass_at_k import mean_and_error, paired_difference, pass_at_k_each
+from oapl_engine.files import append_jsonl, read_jsonl
 from oapl_engine.inference.protocol import Sampling
 from oapl_engine.rewards import Verdict
 from oapl_engine.rollout.scorer import too_many_invalid
@@ -146,7 +146,7 @@ def append_evaluation(result: EvaluationResult, ks: Sequence[int], run_dir: str 
         row = _identity(result) | shared | {"k": k, "pass_at_k": mean, "standard_error": _finite(error)}
         lines.append({name: row[name] for name in COLUMNS})
     append_problems(result, run_dir)
-    _append(Path(run_dir) / "eval.jsonl", lines)
+    append_jsonl(Path(run_dir) / "eval.jsonl", lines)
 
 
 def append_problems(result: EvaluationResult, run_dir: str | Path) -> None:
@@ -155,7 +155,7 @@ def append_problems(result: EvaluationResult, run_dir: str | Path) -> None:
     rows = [
         _identity(result) | {"problem": p, "correct": c, "invalid": i, "reward": _finite(r)} for p, c, i, r in counts
     ]
-    _append(Path(run_dir) / "eval_problems.jsonl", rows)
+    append_jsonl(Path(run_dir) / "eval_problems.jsonl", rows)
 
 
 def _finite(value: float) -> float | None:
@@ -183,8 +183,7 @@ def compare_rewards(before: EvaluationResult, after: EvaluationResult) -> tuple[
 def read_problems(run_dir: str | Path) -> list[EvaluationResult]:
     """The evaluations of a run from eval_problems.jsonl, oldest first; one repeated after a resume counts once."""
     found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for line in (Path(run_dir) / "eval_problems.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in read_jsonl(Path(run_dir) / "eval_problems.jsonl"):
         key = tuple(row[name] for name in ID_COLUMNS)
         found.setdefault(key, {})[row["problem"]] = row
     return [
@@ -201,8 +200,3 @@ def read_problems(run_dir: str | Path) -> list[EvaluationResult]:
 
 def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("a") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))

@@ -30,7 +30,10 @@ def evaluate_and_report(
         if result is not first:
             paired[target.label] = [(k, *compare(first, result, k)) for k in ks]
     title = f"{first.task}: {len(first.problems)} problems x {n} samples, temperature {first.temperature:g}"
-    Console(width=None if sys.stdout.isatty() else 200).print(pass_at_k_table(curves, paired, title))
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    with console.capture() as table:
+        console.print(pass_at_k_table(curves, paired, title))
+    print(table.get(), end="")  # Console's own printing ends the program where the reader of a pipe has gone
     plot_pass_at_k(curves, title, folder / "pass_at_k.svg")
     for target, result in zip(targets, results, strict=True):
         print(f"{target.label}: pass@1 {result.describe()}")

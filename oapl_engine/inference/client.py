@@ -92,6 +92,8 @@ class EngineClient:
 
     async def _call(self, method: str, **arguments: Any) -> AsyncIterator[Reply]:
         writer = await self._open()
+        if writer.is_closing():  # asyncio would print a line for every write to it
+            raise EngineLostError(f"{method}: engine incarnation {self.incarnation} closed its socket")
         number, replies = next(self._ids), asyncio.Queue[Reply | EngineLostError]()
         self._waiting[number] = replies
         try:

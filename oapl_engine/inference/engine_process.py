@@ -21,11 +21,12 @@ from typing import Any
 import msgspec
 import psutil
 
+from oapl_engine.errors import RunError
 from oapl_engine.inference import protocol
 from oapl_engine.inference.options import ProcessOptions
 from oapl_engine.inference.protocol import Reply, Request
 from oapl_engine.inference.server import EngineServer
-from oapl_engine.inference.vllm_settings import set_environment, start_llm
+from oapl_engine.inference.vllm_settings import start_llm
 
 logger = logging.getLogger("oapl_engine.inference")
 
@@ -110,12 +111,15 @@ async def run(options: ProcessOptions) -> None:
 def main() -> None:
     options = msgspec.json.decode(sys.argv[1], type=ProcessOptions)
     watch_owner(options.owner, options.folder)
-    set_environment(options.engine, options.folder)
+    if options.engine.cores:
+        os.sched_setaffinity(0, options.engine.cores)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     code = 1
     try:
         asyncio.run(run(options))
         code = 0
+    except RunError as error:
+        logger.error("%s", error)
     except BaseException:
         logger.exception("the engine process failed")
     finally:

@@ -1,7 +1,6 @@
 """Starts, watches, restarts and stops engine processes. Blocking; safe to use from any thread."""
 
 import contextlib
-import importlib.util
 import os
 import signal
 import socket
@@ -21,10 +20,10 @@ from oapl_engine.errors import RunError
 from oapl_engine.inference import protocol
 from oapl_engine.inference.client import EngineClient
 from oapl_engine.inference.engine_process import remove_traces
+from oapl_engine.inference.environment import engine_environment
 from oapl_engine.inference.options import EngineOptions, ProcessOptions
 
 STOP_SECONDS = 10.0
-SPINS = "1000"
 LOG_TAIL = 30  # lines of the engine's log that an error shows
 FOLDER_PREFIX = "oapl-engine-"
 
@@ -117,7 +116,7 @@ class Engine:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=os.environ | openmp_environment(len(self.options.cores) or len(os.sched_getaffinity(0))),
+                env=engine_environment(os.environ, self.options, self._folder),
                 pass_fds=[fd],
                 start_new_session=True,
             )
@@ -135,7 +134,7 @@ class Engine:
         self._socket.settimeout(None)
 
     def _failure(self, what: str) -> str:
-        tail = "\n".join(self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL:])
+        tail = "\n".join(self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:])
         return f"the engine for {self.options.model} {what}; the end of {self.log_path}:\n{tail}"
 
     def _wait_for_end(self) -> None:
@@ -150,21 +149,6 @@ class Engine:
         """What is left in the engine's session (workers of a killed engine), and its folder."""
         kill_session(self._process.pid)
         remove_traces(self._folder)
-
-
-def openmp_environment(threads: int) -> dict[str, str]:
-    """PyTorch's own OpenMP library first: without it vLLM's kernels and torch use two pools, and one core. Short spins:
-    threads that spin at barriers made the engine 10 to 40 times slower on cores that it had to share."""
-    environment = {
-        "OMP_NUM_THREADS": str(threads),
-        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", SPINS),
-    }
-    loaded = os.environ.get("LD_PRELOAD", "")
-    torch = importlib.util.find_spec("torch")
-    if torch and torch.origin and not any(name in loaded for name in ("libgomp", "libiomp", "libomp")):
-        for library in sorted(Path(torch.origin).parent.glob("lib/libgomp*.so*"))[:1]:
-            environment["LD_PRELOAD"] = f"{loaded}:{library}".lstrip(":")
-    return environment
 
 
 def kill_session(session: int) -> None:

@@ -1,42 +1,20 @@
-"""How vLLM is set up: environment variables, engine arguments, and the running AsyncLLM.
+"""How vLLM is set up: engine arguments, and the running AsyncLLM.
 
 vLLM is imported here and below only, in the engine's child process.
 """
 
-import os
 from typing import Any
 
+from oapl_engine.inference.environment import check_site_variables
 from oapl_engine.inference.options import EngineOptions
 from oapl_engine.weights.receiver import BACKEND
 
 CPU_BLOCK_SIZE = 32  # tokens per KV block: small blocks let short prompts be shared between samples
 
 
-def set_environment(options: EngineOptions, folder: str) -> None:
-    """vLLM reads these when it is imported. Loopback only, nothing from the network, temporary files in our folder."""
-    one_process = options.tensor_parallel == 1
-    os.environ.update(
-        HF_HUB_OFFLINE="1",
-        VLLM_NO_USAGE_STATS="1",
-        DO_NOT_TRACK="1",
-        VLLM_LOGGING_LEVEL="WARNING",
-        VLLM_HOST_IP="127.0.0.1",
-        VLLM_ENABLE_V1_MULTIPROCESSING="0" if one_process else "1",
-        TOKENIZERS_PARALLELISM="false",
-        TMPDIR=folder,
-    )
-    if not os.path.exists("/dev/nvidia0"):
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # CPU: else vLLM's sampler compiles C++ at the first request (16 s)
-    if options.cores:
-        os.sched_setaffinity(0, options.cores)
-    if not one_process and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
-        cores, ranks = sorted(os.sched_getaffinity(0)), options.tensor_parallel
-        shares = [",".join(map(str, cores[r::ranks])) for r in range(ranks)]
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(shares)
-
-
 async def start_llm(options: EngineOptions) -> tuple[Any, bool]:
-    """A running AsyncLLM, and whether it runs on CPU."""
+    """A running AsyncLLM, and whether it runs on CPU. RunError where vLLM cannot read a variable of the environment."""
+    check_site_variables()
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM

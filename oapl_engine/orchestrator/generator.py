@@ -6,6 +6,7 @@ import time
 
 from oapl_engine.data.task import Task
 from oapl_engine.errors import ConfigError, RunError
+from oapl_engine.files import replace_text
 from oapl_engine.inference.client import EngineLostError
 from oapl_engine.inference.protocol import Sampling
 from oapl_engine.orchestrator.engine_events import EngineEvents
@@ -165,5 +166,5 @@ def report_dropped(run: Run, task: Task, limit: int) -> None:
     """Say how many prompts were over the limit, and keep their ids and lengths in dropped_prompts.json."""
     if task.dropped:
         path = run.directory / "dropped_prompts.json"
-        path.write_text(json.dumps(task.dropped, indent=1) + "\n")
+        replace_text(path, json.dumps(task.dropped, indent=1) + "\n")
         run.display.say(f"{len(task.dropped)} prompts over data.max_prompt_tokens = {limit} were left out: {path}")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import fcntl
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,6 +15,7 @@ from oapl_engine.config_file import to_toml
 from oapl_engine.data.model_folder import resolve_model
 from oapl_engine.distributed import Ranks
 from oapl_engine.errors import ConfigError
+from oapl_engine.files import name_full_disk, replace_text
 from oapl_engine.orchestrator.binding import (
     check_contents,
     clear_failed_start,
@@ -102,7 +102,7 @@ def open_run(recipe: Recipe, ranks: Ranks) -> Iterator[Run]:
     directory, first = Path(recipe.run.dir), ranks.rank == 0
     missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     try:
-        with ExitStack() as stack:
+        with name_full_disk(directory), ExitStack() as stack:
             if first:
                 stack.enter_context(_locked(directory))
             display = Display(recipe.schedule.steps, recipe.schedule.lag, silent=not first)
@@ -171,16 +171,14 @@ def _remove_new(folders: Sequence[Path]) -> None:
 
 def save_recipe(run: Run) -> None:
     """Bind the directory to its recipe. Called when all input has proved good: a typo binds nothing."""
-    temporary = run.directory / "config.tmp"
-    temporary.write_text(tomli_w.dumps(to_toml(run.recipe)), encoding="utf-8")
-    os.replace(temporary, run.directory / "config.toml")
+    replace_text(run.directory / "config.toml", tomli_w.dumps(to_toml(run.recipe)))
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / "lock", "a")  # noqa: SIM115 (held until the process ends)
+        lock = open(path / "lock", "ab")  # noqa: SIM115 (held until the process ends)
     except OSError as error:
         raise ConfigError(f"run.dir = {path}: {error.strerror}; name a directory you may write to") from error
     try:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from oapl_engine.files import read_json, replace_text
 from oapl_engine.inference.client import EngineLostError
 from oapl_engine.inference.protocol import Sampling
 from oapl_engine.orchestrator.engine_events import EngineEvents
@@ -118,8 +119,8 @@ class WeightSync:
             responses = [group[0].ids().tolist() for group in groups]
             self.run.count_evaluation_tokens(self.session)
             pairs = zip(prompts, responses, strict=True)
-            path.write_text(json.dumps([[*prompt.token_ids.tolist(), *response] for prompt, response in pairs]))
-        found: list[list[int]] = json.loads(path.read_text())
+            replace_text(path, json.dumps([[*prompt.token_ids.tolist(), *response] for prompt, response in pairs]))
+        found: list[list[int]] = read_json(path)
         return found
 
     def _score_probes(self) -> list[NDArray[np.float32]]:

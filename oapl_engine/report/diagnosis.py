@@ -176,7 +176,7 @@ def _unparsed(run_dir: Path) -> Iterator[Finding]:
     """Responses in which the verifier found no answer at all."""
     seen = empty = 0
     for path in sorted((run_dir / "rollouts").glob("rank*.sqlite")):
-        for rollout in RolloutLog(path).rollouts():
+        for rollout in RolloutLog.reading(path).rollouts():
             if rollout.status == "scored" and "answer" in rollout.reward_detail:
                 seen += 1
                 empty += not rollout.reward_detail["answer"]

@@ -11,6 +11,14 @@ from rich.text import Text
 PLAIN_SECONDS = 5.0  # at most, between lines
 
 
+class ProgressConsole(Console):
+    """Falls silent when nobody reads it any more. Console itself ends the thread that prints, which may be the
+    collector's: the run would wait for ever."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Display:
     """Shows phase, step, reward, lag, tokens/s and the time left. Everything goes to stderr; stdout is for results."""
 
@@ -19,7 +27,7 @@ class Display:
         self.phase, self.detail, self.last_plain = "starting", "", 0.0
         self.row: dict[str, Any] = {}
         self.step_seconds: list[float] = []
-        self.console = Console(stderr=True, highlight=False, quiet=silent)
+        self.console = ProgressConsole(stderr=True, highlight=False, quiet=silent)
         wants_live = self.console.is_terminal if live is None else live
         self.live = Live(console=self.console, refresh_per_second=4) if wants_live and not silent else None
         if self.live:

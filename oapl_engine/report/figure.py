@@ -39,12 +39,15 @@ def plot_run(run_dir: Path, out: Path) -> None:
 
 
 def save(figure: Any, out: Path) -> None:
-    """Write a matplotlib figure; the same figure gives the same SVG. Raises ConfigError for an unknown ending."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    """Write a matplotlib figure; the same figure gives the same SVG. Raises ConfigError for an unknown ending, and
+    where nothing can be written."""
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
     except ValueError as error:
         raise ConfigError(f"{out}: {error}; name a file that ends in .svg, .png or .pdf") from error
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error.strerror}; name a file in a folder of yours") from error
 
 
 def _reward(axes: Any, steps: list[int], rows: list[dict[str, Any]], run_dir: Path) -> None:

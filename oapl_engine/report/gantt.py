@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from oapl_engine.errors import ConfigError
+from oapl_engine.files import read_jsonl
 from oapl_engine.report.figure import save
-from oapl_engine.report.metrics import read_rows
 
 Span = tuple[float, float]
 LANES = {
@@ -22,7 +22,7 @@ LANES = {
 
 def plot_gantt(run_dir: Path, out: Path) -> None:
     """Draw events.jsonl of a run into `out` (.svg, .png or .pdf). Raises ConfigError."""
-    spans = work_spans([row for row in read_rows(run_dir / "events.jsonl") if "at" in row])
+    spans = work_spans([row for row in read_jsonl(run_dir / "events.jsonl") if "at" in row])
     if not any(spans.values()):
         raise ConfigError(f"{run_dir} holds no events.jsonl with work in it: name the directory of a run")
     from matplotlib.figure import Figure

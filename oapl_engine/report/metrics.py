@@ -3,13 +3,13 @@
 Names are those of prime-rl where it has one for the same thing. docs/metrics.md is generated from METRICS.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from oapl_engine.config import ReportConfig
 from oapl_engine.errors import ConfigError
+from oapl_engine.files import append_jsonl, read_jsonl
 
 # Name to its meaning and unit, in the order of a row.
 METRICS = {
@@ -102,8 +102,7 @@ class MetricsWriter:
             if name not in METRICS:
                 raise ValueError(f"metric {_renamed(name) or f'{name} is not in report.metrics.METRICS'}")
         row = {key: finite(values.get(key)) for key in METRICS}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_jsonl(self.path, [row])
         for track in self._trackers:
             track({k: v for k, v in row.items() if isinstance(v, int | float)}, row["step"])
         return row
@@ -119,17 +118,12 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSONL file; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl. A step that a killed run wrote and a resumed run wrote again counts once, the last.
 
     Raises ConfigError for rows of version 0.1, whose metrics had other names.
     """
-    rows = {row["step"]: row for row in read_rows(path)}
+    rows = {row["step"]: row for row in read_jsonl(path)}
     for name in next(iter(rows.values()), {}):
         if renamed := _renamed(name):
             raise ConfigError(f"{path} was written by oapl-engine 0.1: {renamed}; read it with that version")
@@ -138,7 +132,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def read_evaluations(run_dir: Path) -> dict[int, dict[str, Any]]:
     """Rows of eval.jsonl for k = 1, by optimizer step."""
-    return {row["step"]: row for row in read_rows(run_dir / "eval.jsonl") if row["k"] == 1}
+    return {row["step"]: row for row in read_jsonl(run_dir / "eval.jsonl") if row["k"] == 1}
 
 
 def _tensorboard(run_dir: Path) -> Any:

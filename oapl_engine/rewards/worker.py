@@ -71,7 +71,7 @@ def _run(request: dict[str, Any], reply_fd: int) -> Verdict:
 def _limit_memory(added_mb: int | None) -> None:
     limit = resource.RLIM_INFINITY
     if added_mb is not None:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        pages = int(Path("/proc/self/statm").read_bytes().split()[0])
         limit = pages * resource.getpagesize() + (added_mb << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 

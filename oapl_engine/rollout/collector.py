@@ -90,11 +90,17 @@ class Collector:
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
-        pending = asyncio.all_tasks(self.loop)
-        for task in pending:
-            task.cancel()
-        self.loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+        while pending := self._unfinished():
+            for task in pending:
+                task.cancel()
+            self.loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         self.loop.close()
+
+    def _unfinished(self) -> set[asyncio.Task[Any]]:
+        """Tasks of the loop, also those that ended tasks have left to be started: they close generators."""
+        self.loop.run_until_complete(asyncio.sleep(0))
+        return asyncio.all_tasks(self.loop)
 
     def _start(self, *arguments: Any) -> None:
         task = self.loop.create_task(self._group(*arguments))
@@ -127,9 +133,8 @@ class Collector:
         finishing: dict[int, asyncio.Task[Rollout]] = {}
         try:
             async for sample in self.client.generate(prompt.token_ids, group_size, sampling):
-                task = asyncio.create_task(self._finish(prompt, group_id, sample))
+                finishing[sample.index] = task = asyncio.create_task(self._finish(prompt, group_id, sample))
                 task.add_done_callback(_take_exception)
-                finishing[sample.index] = task
         except EngineLostError:
             pass  # samples that did not arrive are "lost"; the engine's watcher reports its death
         rollouts = []
@@ -171,7 +176,7 @@ class Collector:
         return replace(rollout, status=status, reward=verdict.reward, reward_detail=verdict.detail)
 
 
-def _take_exception(task: asyncio.Task[Any]) -> None:
-    """The group raises it, unless the run has ended before: then asyncio need not print it too."""
+def _take_exception(task: asyncio.Task[Rollout]) -> None:
+    """asyncio prints the exception of a task that nobody asked for: a group that is dropped does not ask."""
     if not task.cancelled():
         task.exception()

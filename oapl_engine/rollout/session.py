@@ -4,6 +4,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
@@ -50,6 +51,7 @@ class EngineSession:
         self._deaths: queue.SimpleQueue[Engine | None] = queue.SimpleQueue()
         self._consecutive_deaths = 0
         self._ungrouped_tokens = 0
+        self._closing = threading.Event()
         self.engine = Engine(options, log_path, on_lost=self._deaths.put)
         self.collector = Collector(self.engine.client, scorer.verify if scorer else None, on_failure)
         self.control = BlockingControl(self.collector.call, lambda: self.collector.client)
@@ -99,12 +101,17 @@ class EngineSession:
         self._consecutive_deaths = 0
 
     def close(self) -> None:
-        """Stop engine, collector and verifiers; nothing is left behind."""
+        """Stop collector, engine and verifiers, each whatever the others raise; nothing is left behind.
+
+        The collector first: what is in flight is dropped, and not reported as lost or as not verified.
+        """
+        self._closing.set()
         self._deaths.put(None)
-        if self.scorer:
-            self.scorer.close()
-        self.engine.stop()
-        self.collector.close()
+        with ExitStack() as stack:
+            if self.scorer:
+                stack.callback(self.scorer.close)
+            stack.callback(self.engine.stop)
+            self.collector.close()
 
     def __enter__(self) -> Self:
         return self
@@ -127,6 +134,8 @@ class EngineSession:
         """Wait for what the dead engine had finished, then start a fresh process."""
         self._consecutive_deaths += 1
         self.collector.wait_until_idle(DRAIN_SECONDS)
+        if self._closing.is_set():
+            return
         if self._consecutive_deaths > MAX_RESTARTS:
             raise EngineStartError(f"the engine died {self._consecutive_deaths} times in a row; see {dead.log_path}")
         dead.restart()

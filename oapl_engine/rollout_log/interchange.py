@@ -77,9 +77,9 @@ def export_rollouts(run_dir: Path) -> Iterator[dict[str, Any]]:
 
     Example: `json.dumps(next(export_rollouts(Path("runs/micro"))))` is a line that read_rollouts reads back.
     """
-    uses = Journal(run_dir / "journal.sqlite").uses()
+    uses = Journal.reading(run_dir / "journal.sqlite").uses()
     for path in sorted((run_dir / "rollouts").glob("rank*.sqlite")):
-        for rollout in RolloutLog(path).rollouts():
+        for rollout in RolloutLog.reading(path).rollouts():
             yield _exported(rollout, uses.get(rollout.key, []))
 
 

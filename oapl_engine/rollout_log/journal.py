@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from oapl_engine.rollout_log.database import Database
 
@@ -29,8 +28,7 @@ class JournalStep:
 class Journal(Database):
     """journal.sqlite of a run directory."""
 
-    def __init__(self, path: str | Path) -> None:
-        super().__init__(Path(path), SCHEMA)
+    SCHEMA = SCHEMA
 
     def intent(self, step: int, version: int, groups: tuple[str, ...]) -> None:
         """Before the weights change: this step will train these groups. A replayed step keeps its first row."""

@@ -28,9 +28,7 @@ CREATE INDEX IF NOT EXISTS rollout_group ON rollout("group", sample);
 class RolloutLog(Database):
     """One rank's rollouts."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        super().__init__(self.path, SCHEMA)
+    SCHEMA = SCHEMA
 
     def append(self, group: Group) -> None:
         """Store a group; on return it is on disk. A key that is already stored raises ValueError."""

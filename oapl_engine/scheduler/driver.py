@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import msgspec
 
 from oapl_engine.errors import ConfigError
+from oapl_engine.files import open_jsonl, read_jsonl
 from oapl_engine.scheduler import core
 from oapl_engine.scheduler import events as e
 from oapl_engine.scheduler.state import State
@@ -98,7 +99,7 @@ def _recorder(path: Path | None) -> Iterator[Callable[[e.Message], None]]:
     if path is None:
         yield lambda message: None
         return
-    with open(path, "ab") as stream:
+    with open_jsonl(path) as stream:
 
         def write(message: e.Message) -> None:
             kind = "command" if isinstance(message, e.Command) else "event"
@@ -115,8 +116,7 @@ def read_record(path: Path) -> list[tuple[float, Any]]:
     Raises ConfigError for a line that this version does not know.
     """
     found = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        row = msgspec.json.decode(line)
+    for number, row in enumerate(read_jsonl(path), 1):
         try:
             message = msgspec.convert(row, e.ANY)
         except msgspec.ValidationError as error:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from oapl_engine import config
 from oapl_engine.errors import RunError
+from oapl_engine.files import follow_umask
 from oapl_engine.trainer.loading import load_policy, silence_transformers
 from oapl_engine.trainer.policy import Policy, published_weights
 
@@ -124,7 +125,8 @@ def _write_files(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer,
     save_file(state, folder / OPTIMIZER)
     random = {"cuda": torch.cuda.get_rng_state(policy.device)} if policy.device.type == "cuda" else {}
     save_file({"cpu": torch.get_rng_state(), **random}, folder / RNG)
-    (folder / EXTRA).write_text(json.dumps(dict(extra), allow_nan=False))
+    (folder / EXTRA).write_text(json.dumps(dict(extra), allow_nan=False), encoding="utf-8")
+    follow_umask(folder)
 
 
 def _write_manifest(folder: Path, step: int, digest: str) -> None:
@@ -133,7 +135,8 @@ def _write_manifest(folder: Path, step: int, digest: str) -> None:
         files[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": _hash(file)}
         _sync(file)
     content = {"format": FORMAT, "step": step, "weight_hash": digest, "files": files}
-    (folder / MANIFEST).write_text(json.dumps({"content": content, "sha256": _hash_json(content)}, indent=1))
+    manifest = json.dumps({"content": content, "sha256": _hash_json(content)}, indent=1)
+    (folder / MANIFEST).write_text(manifest, encoding="utf-8")
     for path in (folder / MANIFEST, folder / STATE, folder):
         _sync(path)
 
@@ -164,7 +167,7 @@ def _folders(directory: Path) -> list[Path]:
 def verify(folder: Path) -> Checkpoint:
     """The checkpoint in a folder, every byte checked. Raises CorruptCheckpointError with the file named."""
     try:
-        stored = json.loads((folder / MANIFEST).read_text())
+        stored = json.loads((folder / MANIFEST).read_bytes())
         content = stored["content"]
         if stored["sha256"] != _hash_json(content):
             raise ValueError("its own SHA-256 does not fit")
@@ -178,7 +181,7 @@ def verify(folder: Path) -> Checkpoint:
                 )
             if _hash(file) != expected["sha256"]:
                 raise CorruptCheckpointError(f"{file} is damaged: its SHA-256 is not the one in {MANIFEST}")
-        return Checkpoint(folder, content["step"], content["weight_hash"], json.loads((folder / EXTRA).read_text()))
+        return Checkpoint(folder, content["step"], content["weight_hash"], json.loads((folder / EXTRA).read_bytes()))
     except OSError as error:
         raise CorruptCheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:

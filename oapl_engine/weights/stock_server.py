@@ -3,8 +3,11 @@
 Its endpoints for updates exist with VLLM_SERVER_DEV_MODE=1 only, and must never listen beyond this host.
 """
 
+import ipaddress
 import json
+import socket
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from typing import Any
@@ -39,6 +42,7 @@ class StockServer:
         self.url = url
         self.timeout_seconds = timeout_seconds
         self.version = -1
+        self._opener = opener_for(url)
 
     def pause(self, mode: str) -> None:
         self._post(f"/pause?mode={PAUSE_MODES[mode]}")
@@ -84,5 +88,20 @@ class StockServer:
     def _post(self, path: str, body: dict[str, Any] | None = None) -> Any:
         content = json.dumps(body or {}).encode()
         request = urllib.request.Request(self.url + path, content, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=self.timeout_seconds) as reply:
+        with self._opener.open(request, timeout=self.timeout_seconds) as reply:
             return json.loads(reply.read() or b"null")
+
+
+def opener_for(url: str) -> urllib.request.OpenerDirector:
+    """Opens URLs of a host: on this one without the proxy of the environment (http_proxy, no_proxy), which cannot reach
+    it; elsewhere with it."""
+    return urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if is_this_host(url) else []))
+
+
+def is_this_host(url: str) -> bool:
+    """Whether every address of a URL's host is a loopback address; no for a name that is not known here."""
+    try:
+        found = socket.getaddrinfo(urllib.parse.urlsplit(url).hostname, None)
+    except (OSError, UnicodeError):
+        return False
+    return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)

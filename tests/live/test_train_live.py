@@ -150,6 +150,26 @@ def test_ctrl_c_checkpoints_leaves_nothing_and_goes_on(words, tmp_path, oapl):
     assert trained_twice(oapl, tmp_path / "run") == []
 
 
+def test_a_second_ctrl_c_ends_a_run_in_one_line(words, tmp_path):
+    """While groups are generated: no thread and no event loop prints what its neighbours' end did to it."""
+    shm, events = set(os.listdir("/dev/shm")), tmp_path / "run" / "events.jsonl"
+    process = start([*words, "--sampling.max_new_tokens", "32"])
+    deadline = time.monotonic() + 300
+    while not events.exists() or b'"Submit"' not in events.read_bytes():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    pids = family(process)
+    process.send_signal(signal.SIGINT)
+    while "once more stops immediately" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    said = process.stderr.read()
+    assert process.wait(60) == 130, said
+    assert [word for word in ("Traceback", "xception", "Error", "socket", "Task was") if word in said] == [], said
+    assert_nothing_is_left(pids, shm)
+
+
 def test_a_dead_engine_is_replaced_and_no_token_is_lost(words, tmp_path, oapl):
     """A dead engine is replaced and the run ends with the accounts right."""
     run = tmp_path / "run"

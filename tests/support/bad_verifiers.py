@@ -44,9 +44,9 @@ def forks(response, record, options):
         os.setsid()
         if os.fork():
             os._exit(0)
-        Path(record["file"]).write_text(str(os.getpid()))
+        Path(record["file"]).write_text(str(os.getpid()), encoding="utf-8")
         time.sleep(3600)
-    while not (text := Path(record["file"]).read_text()):
+    while not (text := Path(record["file"]).read_text(encoding="utf-8")):
         time.sleep(0.01)
     return float(bool(text))
 
@@ -68,5 +68,5 @@ def long_detail(response, record, options):
 
 
 def sleeps_and_tells(response, record, options):
-    Path(record["file"]).write_text(str(os.getpid()))
+    Path(record["file"]).write_text(str(os.getpid()), encoding="utf-8")
     backtracks(response, record, options)

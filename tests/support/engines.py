@@ -71,7 +71,7 @@ class ReceiverProcesses:
         command = [sys.executable, str(PROGRAMS / "receiver_process.py")]
         self.ranks = [
             subprocess.Popen(
-                [*command, str(rank)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+                [*command, str(rank)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env=environment
             )
             for rank in range(ranks)
         ]

@@ -9,7 +9,7 @@ from oapl_engine.weights.receiver.vllm_plugin import WeightReport
 def fault():
     """What the file named by OAPL_TEST_FAULT asks for."""
     path = Path(os.environ["OAPL_TEST_FAULT"])
-    return path.read_text() if path.exists() else ""
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def keep_caches_when_asked():

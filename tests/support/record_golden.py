@@ -67,7 +67,7 @@ def instruction_set() -> str:
     from oapl_kernels.backend import extension
 
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     vendor = next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
     native = "with" if extension() else "without"
     capability = torch.backends.cpu.get_cpu_capability()
@@ -130,7 +130,7 @@ def record_head(folder: Path) -> None:
     }
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in values.items())
     (folder / "head.json").write_text(
-        f'{{"instruction_set": {json.dumps(instruction_set())}, "values": {{\n{lines}\n}}}}\n'
+        f'{{"instruction_set": {json.dumps(instruction_set())}, "values": {{\n{lines}\n}}}}\n', encoding="utf-8"
     )
 
 
@@ -243,8 +243,8 @@ def record_offline(folder: Path) -> None:
     common = ("--model.path", "start_model", "--data.path", "rollouts.jsonl", "--train.precision", "float32")
     often = ("--checkpoint.every", "3", "--checkpoint.keep", "2")
     oapl("train", "micro_offline.toml", *common, "--run.dir", "run", "--schedule.steps", "6", *often)
-    few = rollouts.read_text().splitlines()[:16]  # two groups: a run directory that is small
-    Path(here, "rollouts.jsonl").write_text("\n".join(few) + "\n")
+    few = rollouts.read_text(encoding="utf-8").splitlines()[:16]  # two groups: a run directory that is small
+    Path(here, "rollouts.jsonl").write_text("\n".join(few) + "\n", encoding="utf-8")
     less = ("--schedule.steps", "1", "--schedule.groups_per_step", "2")
     oapl("train", "micro_offline.toml", *common, "--run.dir", "old_run", *less)
     shutil.rmtree(Path(here, "old_run", "checkpoints"))
@@ -261,10 +261,10 @@ def _write_offline_values(path: Path, run: Path) -> None:
 
     with sqlite3.connect(run / "journal.sqlite") as journal:
         hashes = dict(journal.execute("SELECT step, weight_hash FROM step WHERE state = 'done' ORDER BY step"))
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     metrics = [{new: row[old] for old, new in METRICS.items()} for row in rows]
     values = {"instruction_set": instruction_set(), "weight_hash": hashes, "metrics": metrics}
-    path.write_text(json.dumps(values, indent=1) + "\n")
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

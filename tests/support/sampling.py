@@ -15,7 +15,7 @@ def write_rollouts(model_dir, path, prompts, group_size, max_new_tokens=8, seed=
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     task = load_task(DataConfig(source="micro", task="sort", options={"digits": 6}, template="raw"), seed, tokenizer)
     torch.manual_seed(seed)
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         for position in range(prompts):
             prompt = task.prompt(position)
             rows = torch.from_numpy(prompt.token_ids.astype("int64"))[None].repeat(group_size, 1)

@@ -13,6 +13,8 @@ import urllib.request
 
 import psutil
 
+from oapl_engine.weights.stock_server import opener_for
+
 READY_SECONDS = 300
 
 
@@ -23,6 +25,7 @@ class ServerProcess:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
+        self.open = opener_for(self.url).open
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
         command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "m", "--dtype", "float32"]
         command += ["--skip-tokenizer-init", "--enforce-eager", "--max-model-len", str(max_model_len)]
@@ -37,6 +40,7 @@ class ServerProcess:
             "VLLM_LOGGING_LEVEL": "WARNING",
             "OMP_NUM_THREADS": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_PLUGINS": "oapl",
         }
         with open(log, "ab") as out:
             self.process = subprocess.Popen(
@@ -48,11 +52,11 @@ class ServerProcess:
         until = time.monotonic() + READY_SECONDS
         while time.monotonic() < until:
             if self.process.poll() is not None:
-                raise RuntimeError(log.read_text()[-3000:])
-            with contextlib.suppress(OSError), urllib.request.urlopen(self.url + "/health", timeout=2):
+                raise RuntimeError(log.read_text(encoding="utf-8", errors="replace")[-3000:])
+            with contextlib.suppress(OSError), self.open(self.url + "/health", timeout=2):
                 return
             time.sleep(0.5)
-        raise TimeoutError(log.read_text()[-3000:])
+        raise TimeoutError(log.read_text(encoding="utf-8", errors="replace")[-3000:])
 
     def greedy(self, prompts, new_tokens, timeout=120):
         """Greedy token ids of each prompt, or None where the server does not answer."""
@@ -69,7 +73,7 @@ class ServerProcess:
             self.url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as reply:
+            with self.open(request, timeout=timeout) as reply:
                 return [choice["token_ids"] for choice in json.loads(reply.read())["choices"]]
         except urllib.error.HTTPError as refusal:
             refusal.read()
@@ -78,7 +82,7 @@ class ServerProcess:
             return None
 
     def version(self):
-        with urllib.request.urlopen(self.url + "/weight_info", timeout=10) as reply:
+        with self.open(self.url + "/weight_info", timeout=10) as reply:
             return json.loads(reply.read())["weight_version"]
 
     def listeners(self):

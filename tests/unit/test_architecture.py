@@ -149,6 +149,38 @@ def test_no_file_tests_the_name_of_a_tables_member():
     assert name_tests('if mode == "offline" or name in ("grpo", "x"):\n    pass\n') == [1, 1]
 
 
+TEXT_FOLDERS = ("oapl_engine", "kernels", "benchmarks", "experiments", "tests/support")
+TEXT = [p for d in TEXT_FOLDERS for p in (ROOT / d).rglob("*.py")]
+IN_WORK = {ROOT / "oapl_engine" / "evaluation" / "compare.py"}
+
+
+def reads_as_the_terminal(text):
+    """Lines that read or write text in the terminal's encoding. Ruff's PLW1514 is a preview rule, does not know that a
+    name holds a Path, and says nothing of processes."""
+    found = []
+    for call in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)):
+        keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        if name in ("read_text", "write_text") or keywords.keys() & {"text", "universal_newlines"}:
+            found += [call.lineno] if "encoding" not in keywords else []
+        elif name in ("open", "fdopen") and "encoding" not in keywords:
+            words = [a.value for a in (*call.args, *keywords.values()) if isinstance(a, ast.Constant)]
+            modes = [word for word in words if isinstance(word, str) and re.fullmatch(r"[rwax][+tb]*", word)]
+            plain = isinstance(call.func, ast.Name) and not modes  # open(path)
+            found += [call.lineno] if plain or any("b" not in mode for mode in modes) else []
+    return found
+
+
+def test_text_is_utf8_whatever_the_terminal_is():
+    """A recipe that was kept in the encoding of one terminal is refused on another."""
+    found = {str(p): reads_as_the_terminal(p.read_text(encoding="utf-8")) for p in TEXT if p not in IN_WORK}
+    assert {file: lines for file, lines in found.items() if lines} == {}
+    bad = 'open(p)\nopen(p, "a")\np.read_text()\np.open(mode="w")\nos.fdopen(1, "w")\nrun(x, text=True)\n'
+    good = 'open(p, "ab+")\np.read_text(encoding="utf-8")\nos.open(p, 0)\ndriver.open(m)\nrun(x, encoding="utf-8")\n'
+    assert reads_as_the_terminal(bad) == [1, 2, 3, 4, 5, 6]
+    assert reads_as_the_terminal(good) == []
+
+
 def test_ruff_and_types():
     for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]):
         done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)

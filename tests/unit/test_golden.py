@@ -153,3 +153,13 @@ def test_database_of_the_old_version_is_refused(tmp_path, file, opened):
     with pytest.raises(CorruptLogError, match=rf"{re.escape(str(path))} has schema 1, .* run.dir"):
         opened(path)
     assert path.read_bytes() == (GOLDEN / "old_run" / file).read_bytes()
+
+
+def test_old_databases_without_a_recipe_are_bad_input(tmp_path, capsys):
+    directory = tmp_path / "old_run"
+    shutil.copytree(GOLDEN / "old_run", directory)
+    (directory / "config.toml").unlink()
+    words = ["--run.dir", str(directory), "--model.path", str(GOLDEN / "start_model")]
+    assert train.main([str(ROOT / "recipes" / "micro_offline.toml"), *words]) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith(f"error: {directory / 'journal.sqlite'} has schema 1")

@@ -94,3 +94,10 @@ def test_an_example_longer_than_the_model_is_named(tmp_path):
     long = dataclasses.replace(recipe(tmp_path / "m").data, template="#" * 250 + "{question}")
     with pytest.raises(ConfigError, match="258 tokens, the micro model takes 256"):
         run_sft(dataclasses.replace(recipe(tmp_path / "m"), data=long))
+
+
+def test_files_of_the_model_follow_umask(tmp_path):
+    run_sft(recipe(tmp_path / "micro", steps=1, digits=2))
+    (tmp_path / "plain").touch()
+    rights = {path.stat().st_mode & 0o777 for path in (tmp_path / "micro").iterdir()}
+    assert rights == {(tmp_path / "plain").stat().st_mode & 0o777}

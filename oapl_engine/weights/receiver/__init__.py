@@ -6,6 +6,7 @@ Needs torch, numpy, msgspec (which vLLM needs too) and vLLM, nothing else of our
 """
 
 BACKEND = "oapl"
+ENTRY_POINT = "oapl"  # of the plugin (pyproject.toml), which a VLLM_PLUGINS must name
 PLUGIN = "oapl_engine.weights.receiver.vllm_plugin"
 
 

@@ -110,6 +110,6 @@ def test_a_server_resumed_in_mid_update_serves_no_mix(server, prompts):
     publish_paused(publisher, 1000)
     publisher.control.pause("abort")
     assert publisher.control.update(Start(1001)).error is None
-    urllib.request.urlopen(urllib.request.Request(server.url + "/resume", b"{}"), timeout=30).read()
+    server.open(urllib.request.Request(server.url + "/resume", b"{}"), timeout=30).read()
     assert server.greedy(prompts, 1, timeout=30) is None
     publisher.close()

@@ -1,6 +1,7 @@
 """Model folders: found, and converted once."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,3 +111,13 @@ def test_smollm2_is_converted_into_a_model_that_speaks(tmp_path):
     reply = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(reply[0, ids.shape[1] :])
     assert tokenizer.eos_token == "<|im_end|>"
+
+
+def test_a_converted_folder_follows_umask(folder, tmp_path, monkeypatch):
+    """A temporary folder, and what safetensors writes, are for their owner alone."""
+    monkeypatch.setattr(model_folder, "_convert", convert_to(folder))
+    out = Path(resolve_model(SMOLLM2, tmp_path / "models"))
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "file").touch()
+    for ours, plain in ((out, tmp_path / "plain"), (out / "config.json", tmp_path / "plain" / "file")):
+        assert ours.stat().st_mode == plain.stat().st_mode

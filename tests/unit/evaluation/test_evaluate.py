@@ -134,3 +134,13 @@ def test_short_returns_are_refused():
         run(session=FewerVerdicts())
     with pytest.raises(ValueError, match="held_out"):
         run(prompts=[])
+
+
+def test_counts_outlive_a_kill_in_the_middle_of_a_line(tmp_path):
+    append_evaluation(run(0), KS, tmp_path)
+    for name in ("eval.jsonl", "eval_problems.jsonl"):
+        with open(tmp_path / name, "ab") as file:
+            file.write(b'{"step": 6, "ver')
+    assert read_problems(tmp_path) == [run(0)]
+    append_evaluation(run(6), KS, tmp_path)
+    assert read_problems(tmp_path) == [run(0), run(6)]

@@ -1,7 +1,9 @@
 """metrics.jsonl always has every key and never a number that JSON cannot hold; a run can be drawn; errors are named."""
 
 import json
+import os
 import re
+import sys
 
 import pytest
 
@@ -10,7 +12,7 @@ from oapl_engine.errors import ConfigError
 from oapl_engine.report.display import Display
 from oapl_engine.report.figure import plot_run
 from oapl_engine.report.gantt import merged, plot_gantt, work_spans
-from oapl_engine.report.metrics import METRICS, RENAMED, MetricsWriter, read_metrics
+from oapl_engine.report.metrics import METRICS, RENAMED, MetricsWriter, read_evaluations, read_metrics
 from oapl_engine.stopwatch import Stopwatch
 
 
@@ -143,3 +145,39 @@ def test_the_stopwatch_accounts_for_all_time(monkeypatch):
     taken = watch.take()
     assert taken == {"time/train": 3, "time/verify": 9, "time/idle": 2, "time/step": 5}
     assert watch.take() == {"time/idle": 0, "time/step": 0}
+
+
+def test_a_kill_in_the_middle_of_a_line_costs_that_line(tmp_path):
+    """Metrics and events: a run is drawn, and the resumed run adds to what was whole."""
+    MetricsWriter(tmp_path).write({"step": 1, "off_policy/mean": 0.0, "reward/all/mean": 0.5})
+    rows = [{"at": at, "kind": kind, "name": name, **more} for at, kind, name, more in EVENTS]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for name in ("metrics.jsonl", "eval.jsonl", "events.jsonl"):
+        with open(tmp_path / name, "ab") as file:
+            file.write(b'{"step": 2, "lo')
+    plot_run(tmp_path, tmp_path / "run.svg")
+    plot_gantt(tmp_path, tmp_path / "gantt.svg")
+    assert read_evaluations(tmp_path) == {}
+    MetricsWriter(tmp_path).write({"step": 2})
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_picture_that_cannot_be_written_is_named(tmp_path):
+    MetricsWriter(tmp_path).write({"step": 1, "off_policy/mean": 0.0})
+    with pytest.raises(ConfigError, match=r"run\.svg cannot be written"):
+        plot_run(tmp_path, tmp_path / "metrics.jsonl" / "run.svg")
+
+
+def test_progress_that_nobody_reads_falls_silent(monkeypatch):
+    """rich's own console would end the thread that prints."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", encoding="utf-8", closefd=False) as gone:
+        monkeypatch.setattr(sys, "stderr", gone)
+        display = Display(steps=1, live=False)
+        display.say("a line")
+        display.say("another")
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), write)  # so that closing finds a reader
+    os.close(write)
+    assert display.console.quiet

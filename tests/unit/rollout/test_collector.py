@@ -1,8 +1,10 @@
 """Groups come out complete, each sample verified as it finishes, and what happened to a sample is in its status."""
 
 import asyncio
+import gc
 import queue
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -171,3 +173,63 @@ def test_collector_waits_until_no_group_is_open():
     assert collector.wait_until_idle(10)
     assert len(groups) == 1
     collector.close()
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_closing_in_the_middle_prints_nothing(caplog):
+    """A group that is dropped asks for no verdict; asyncio would print what each one raised."""
+    failed = threading.Event()
+
+    class Endless(FakeClient):
+        async def generate(self, token_ids, n, sampling):
+            yield sample(0)
+            await asyncio.Event().wait()
+
+    async def verify(prompt, response):
+        failed.set()
+        raise ZeroDivisionError("verifier")
+
+    collector = Collector(Endless(), verify)
+    collector.submit(PROMPT, "0.p.0", 2, Sampling(), lambda group: None)
+    assert failed.wait(10)
+    collector.close()
+    gc.collect()
+    assert caplog.messages == []
+
+
+def test_generators_that_are_left_are_closed_with_the_loop(caplog):
+    """A call that has its result leaves its generator, which asyncio closes by a task of its own."""
+    closed = []
+
+    class Slow(FakeClient):
+        async def generate(self, token_ids, n, sampling):
+            try:
+                yield sample(0)
+                await asyncio.Event().wait()
+            finally:
+                closed.append(n)
+                await asyncio.sleep(0)
+
+    client = Slow()
+
+    async def first():
+        async for found in client.generate([1], 1, Sampling()):
+            return found
+
+    async def leave_one():
+        await first()
+        collector.loop.stop()
+
+    collector = Collector(client)
+    asyncio.run_coroutine_threadsafe(leave_one(), collector.loop)
+    wait_until(lambda: not collector._thread.is_alive())
+    collector.close()
+    gc.collect()
+    assert closed == [1]
+    assert caplog.messages == []

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from oapl_engine.errors import RunError
 from oapl_engine.rollout_log.database import CorruptLogError, file_system
 from oapl_engine.rollout_log.journal import Journal
 from oapl_engine.rollout_log.ledger import Ledger
@@ -133,3 +134,56 @@ def test_ledger_puts_every_token_in_one_column(tmp_path):
 
 def test_file_system_is_known(tmp_path):
     assert file_system(tmp_path)
+
+
+def everything(folder):
+    """Name, time and content of every file."""
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+
+
+def test_a_reader_makes_and_changes_nothing(tmp_path):
+    for opened, name in ((RolloutLog, "a file?#1%.sqlite"), (Journal, "journal.sqlite")):
+        opened(tmp_path / name).close()
+    before = everything(tmp_path)
+    assert RolloutLog.reading(tmp_path / "a file?#1%.sqlite").group_keys() == []
+    assert Journal.reading(tmp_path / "journal.sqlite").uses() == {}
+    with pytest.raises(RunError, match="readonly"):
+        Journal.reading(tmp_path / "journal.sqlite").count_tokens(0, "engine", 1)
+    with pytest.raises(RunError, match=r"missing\.sqlite: unable to open"):
+        RolloutLog.reading(tmp_path / "missing.sqlite")
+    assert everything(tmp_path) == before
+
+
+def test_a_reader_sees_what_a_live_writer_committed(tmp_path):
+    path = tmp_path / "r.sqlite"
+    log = RolloutLog(path)
+    log.append(plain_group("a"))
+    reader = RolloutLog.reading(path)
+    assert reader.group_keys() == ["0.pa.0"]
+    log.append(plain_group("b"))
+    assert reader.group_keys() == RolloutLog.reading(path).group_keys() == ["0.pa.0", "0.pb.0"]
+    log.append(plain_group("c"))  # the readers hold no lock
+
+
+def test_a_reader_sees_what_a_killed_writer_committed(tmp_path):
+    path, copy = tmp_path / "r.sqlite", tmp_path / "copy"
+    log = RolloutLog(path)
+    log.append(plain_group("a"))
+    copy.mkdir()
+    for file in tmp_path.glob("r.sqlite*"):  # as a SIGKILL leaves them
+        (copy / file.name).write_bytes(file.read_bytes())
+    assert (copy / "r.sqlite-wal").stat().st_size > 0
+    assert RolloutLog.reading(copy / "r.sqlite").group_keys() == ["0.pa.0"]
+
+
+def test_a_page_that_is_damaged_is_named(tmp_path):
+    path = tmp_path / "r.sqlite"
+    log = RolloutLog(path)
+    for name in range(200):
+        log.append(plain_group(name))
+    log.close()
+    content = bytearray(path.read_bytes())
+    content[8192:] = b"\xff" * (len(content) - 8192)
+    path.write_bytes(content)
+    with pytest.raises(CorruptLogError, match=r"r\.sqlite: .*restore it from a copy"):
+        list(RolloutLog.reading(path).rollouts())

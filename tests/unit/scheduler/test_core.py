@@ -131,7 +131,9 @@ def test_stop_checkpoints_first():
     assert commands == (e.Exit(130),)
 
 
-def test_driver_records_a_stream_that_replays(tmp_path):
+@pytest.mark.parametrize("before", [b"", b'{"at": 1.0, "kind": "ev'], ids=["new", "torn by a kill"])
+def test_driver_records_a_stream_that_replays(tmp_path, before):
+    (tmp_path / "events.jsonl").write_bytes(before)
     inbox = queue.SimpleQueue()
     answers = {
         e.LoadTrainer: [lambda c: None],

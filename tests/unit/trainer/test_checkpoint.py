@@ -179,3 +179,12 @@ def test_weight_hash(make_policy):
     before = weight_hash(one)
     norms[0].data, norms[1].data = norms[1].data, norms[0].data
     assert weight_hash(one) != before
+
+
+def test_files_of_a_checkpoint_follow_umask(two):
+    """A server that runs as another user loads the weights; safetensors alone would forbid it."""
+    directory, _, _ = two
+    plain = directory / "plain"
+    plain.touch()
+    rights = {path.stat().st_mode & 0o777 for path in (directory / "step_000002").rglob("*") if path.is_file()}
+    assert rights == {plain.stat().st_mode & 0o777}

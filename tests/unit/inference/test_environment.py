@@ -1,0 +1,72 @@
+"""A site's environment does not change what the engine assumes, and what the site may choose is passed on."""
+
+import tomllib
+
+import pytest
+
+from oapl_engine.errors import RunError
+from oapl_engine.inference import environment
+from oapl_engine.inference.environment import REMOVED, SET, check_site_variables, engine_environment
+from oapl_engine.inference.options import EngineOptions
+from oapl_engine.weights.receiver import ENTRY_POINT
+from tests.conftest import ROOT
+
+ONE = EngineOptions("model", cores=(3, 1, 2, 0))
+TWO = EngineOptions("model", tensor_parallel=2, cores=(3, 1, 2, 0))
+
+
+def started(site, options=ONE):
+    return engine_environment(site, options, "/folder")
+
+
+def test_the_entry_point_is_the_projects():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert ENTRY_POINT in project["entry-points"]["vllm.general_plugins"]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "loaded"),
+    [("", "oapl"), ("lora", "lora,oapl"), ("oapl", "oapl"), ("oapl,lora,", "lora,oapl")],
+)
+def test_our_plugin_is_loaded_beside_the_sites(theirs, loaded):
+    assert started({"VLLM_PLUGINS": theirs})["VLLM_PLUGINS"] == loaded
+    assert "VLLM_PLUGINS" not in started({}), "unset, vLLM loads all"
+
+
+def test_what_would_break_the_engine_is_set_or_removed():
+    site = dict.fromkeys([*REMOVED, *SET, "TMPDIR", "VLLM_ENABLE_V1_MULTIPROCESSING", "OMP_NUM_THREADS"], "site's")
+    found = started(site)
+    assert not found.keys() & set(REMOVED)
+    assert "site's" not in found.values()
+    assert found["TMPDIR"] == "/folder"
+    assert (found["VLLM_ENABLE_V1_MULTIPROCESSING"], found["OMP_NUM_THREADS"]) == ("0", "4")
+    assert started(site, TWO)["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
+
+
+def test_what_the_site_may_choose_is_passed_on():
+    names = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "NCCL_DEBUG", "VLLM_BATCH_INVARIANT", "PYTHONPATH", "http_proxy")
+    site = dict.fromkeys(names, "site's")
+    assert site.items() <= started(site).items()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "bound"),
+    [(None, "0,2|1,3"), ("0-31", "0,2|1,3"), ("0|1|2", "0,2|1,3"), ("0-1|2-3", "0-1|2-3"), ("nobind", "nobind")],
+)
+def test_every_rank_has_cores(theirs, bound):
+    """vLLM refuses a binding for another number of ranks."""
+    site = {} if theirs is None else {"VLLM_CPU_OMP_THREADS_BIND": theirs}
+    assert started(site, TWO)["VLLM_CPU_OMP_THREADS_BIND"] == bound
+
+
+def test_a_library_that_is_preloaded_stays(monkeypatch):
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
+    assert started({"LD_PRELOAD": "/opt/libtcmalloc.so"})["LD_PRELOAD"] == "/opt/libtcmalloc.so"
+
+
+@pytest.mark.live
+def test_a_value_that_vllm_cannot_read_is_named(monkeypatch):
+    check_site_variables()
+    monkeypatch.setenv("VLLM_CPU_NUM_OF_RESERVED_CPU", "many")
+    with pytest.raises(RunError, match="VLLM_CPU_NUM_OF_RESERVED_CPU = 'many' in the environment"):
+        check_site_variables()
