@@ -90,17 +90,8 @@ class Collector:
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
-        while pending := self._unfinished():
-            for task in pending:
-                task.cancel()
-            self.loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
-        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+        _end_tasks(self.loop)
         self.loop.close()
-
-    def _unfinished(self) -> set[asyncio.Task[Any]]:
-        """Tasks of the loop, also those that ended tasks have left to be started: they close generators."""
-        self.loop.run_until_complete(asyncio.sleep(0))
-        return asyncio.all_tasks(self.loop)
 
     def _start(self, *arguments: Any) -> None:
         task = self.loop.create_task(self._group(*arguments))
@@ -174,6 +165,19 @@ class Collector:
         verdict = await self._verify(prompt, rollout.response_ids)
         status: Status = "scored" if verdict.status == "scored" else "invalid"
         return replace(rollout, status=status, reward=verdict.reward, reward_detail=verdict.detail)
+
+
+def _end_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel what a stopped loop still has to do, so that asyncio has nothing to print when it is closed."""
+    while True:
+        loop.run_until_complete(asyncio.sleep(0))  # starts the tasks that close generators of ended tasks
+        pending = asyncio.all_tasks(loop)
+        if not pending:
+            break
+        for task in pending:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+    loop.run_until_complete(loop.shutdown_asyncgens())
 
 
 def _take_exception(task: asyncio.Task[Rollout]) -> None:

@@ -53,19 +53,19 @@ def connect_reader(path: Path, _: str = "") -> sqlite3.Connection:
 
 
 class Database:
-    """A file with the tables of SCHEMA. `path`: where it is.
+    """A file with the tables of `schema`. path: where it is.
 
     Safe to use from several threads, one writer at a time. Rows are read as sqlite3.Row. Raises CorruptLogError where
     the file is not a database of this version or is damaged, RunError where the system does not let it be used.
     """
 
-    SCHEMA = ""
+    schema = ""
 
     def __init__(self, path: str | Path, connect: Connect = connect_writer) -> None:
         self.path = Path(path)
         self._lock = threading.Lock()
         with self._named_errors():
-            self._db = connect(self.path, self.SCHEMA)
+            self._db = connect(self.path, self.schema)
             self._db.row_factory = sqlite3.Row
 
     @classmethod

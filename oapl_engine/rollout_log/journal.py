@@ -28,7 +28,7 @@ class JournalStep:
 class Journal(Database):
     """journal.sqlite of a run directory."""
 
-    SCHEMA = SCHEMA
+    schema = SCHEMA
 
     def intent(self, step: int, version: int, groups: tuple[str, ...]) -> None:
         """Before the weights change: this step will train these groups. A replayed step keeps its first row."""

@@ -28,7 +28,7 @@ CREATE INDEX IF NOT EXISTS rollout_group ON rollout("group", sample);
 class RolloutLog(Database):
     """One rank's rollouts."""
 
-    SCHEMA = SCHEMA
+    schema = SCHEMA
 
     def append(self, group: Group) -> None:
         """Store a group; on return it is on disk. A key that is already stored raises ValueError."""
