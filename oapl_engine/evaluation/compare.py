@@ -20,6 +20,7 @@ from oapl_engine.data.sources import open_source, parse_source_task
 from oapl_engine.data.task import load_task
 from oapl_engine.errors import ConfigError
 from oapl_engine.evaluation.evaluate import EvaluationResult, append_problems, evaluate, read_problems
+from oapl_engine.files import name_full_disk, read_json, replace_text
 from oapl_engine.fingerprint import code_fingerprint, file_fingerprint, model_fingerprint
 from oapl_engine.inference.protocol import Sampling
 from oapl_engine.rollout.scorer import Scorer, check_reward, reward_of
@@ -171,7 +172,10 @@ def evaluate_targets(
     if left_out:
         names = ", ".join(f"{id} ({tokens} tokens)" for id, tokens in list(left_out.items())[:5])
         log(f"left out, too long for a model: {names}{f', … ({len(left_out)} in all)' if len(left_out) > 5 else ''}")
-    return [_evaluate_target(examinee, left_out, out / _folder_name(examinee.target), log) for examinee in examinees]
+    with name_full_disk(out):
+        return [
+            _evaluate_target(examinee, left_out, out / _folder_name(examinee.target), log) for examinee in examinees
+        ]
 
 
 def _folder_name(target: Target) -> str:
@@ -204,7 +208,7 @@ def _evaluate_target(examinee: Examinee, left_out: dict[str, int], out: Path, lo
     target, n = examinee.target, examinee.recipe.evaluation.n
     prompts = [prompt for prompt in examinee.problems.prompts if prompt.id not in left_out]
     _check_same_settings(out, examinee)
-    known = set(read_problems(out)[0].problems if (out / "eval_problems.jsonl").exists() else ())
+    known = {problem for found in read_problems(out)[:1] for problem in found.problems}
     todo = [prompt for prompt in prompts if prompt.id not in known]
     if todo:
         for line in describe_dialogue(examinee.tokenizer, todo[0].token_ids, examinee.ends):
@@ -227,7 +231,7 @@ def _open_session(examinee: Examinee, out: Path, log: Log) -> Iterator[EngineSes
         recipe.reward, problems.verifier, problems.verifier_options, examinee.tokenizer, examinee.ends, say=log
     )
     with EngineSession(options, out / "engine.log", scorer) as session:
-        (out / "about.json").write_text(json.dumps(_settings(examinee)) + "\n", encoding="utf-8")
+        replace_text(out / "about.json", json.dumps(_settings(examinee)) + "\n")
         yield session
 
 
@@ -291,10 +295,10 @@ def _settings(examinee: Examinee) -> dict[str, Any]:
 def _check_same_settings(out: Path, examinee: Examinee) -> None:
     """Raises ConfigError where `out` holds results with other settings."""
     file = out / "about.json"
-    if not file.exists() or not (out / "eval_problems.jsonl").exists():
+    if not file.exists() or not read_problems(out):
         return
     settings = _settings(examinee)
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    stored = read_json(file)
     different = [key for key in settings if stored.get(key) != settings[key]]
     if different:
         key = different[0]

@@ -4,7 +4,6 @@ A resumed run that stands on something else under the same name would mix two ex
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import closing
@@ -13,6 +12,7 @@ from typing import Any
 
 from oapl_engine.config import Recipe
 from oapl_engine.errors import ConfigError
+from oapl_engine.files import read_json, replace_text
 from oapl_engine.fingerprint import code_fingerprint, file_fingerprint, model_fingerprint, package_versions
 from oapl_engine.rollout_log.database import CorruptLogError
 from oapl_engine.rollout_log.journal import Journal
@@ -39,7 +39,7 @@ def check_contents(directory: Path, recipe: Recipe, now: dict[str, Any], say: Ca
     file = directory / FILE
     if not file.exists():
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = read_json(file)
     if before["ranks"] != now["ranks"]:
         raise ConfigError(
             f"run.dir = {directory} was written by {before['ranks']} ranks, now there are {now['ranks']}: start "
@@ -61,9 +61,7 @@ def check_contents(directory: Path, recipe: Recipe, now: dict[str, Any], say: Ca
 
 def save_contents(directory: Path, now: dict[str, Any]) -> None:
     """Keep what the run stands on."""
-    temporary = directory / f"{FILE}.tmp"
-    temporary.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, directory / FILE)
+    replace_text(directory / FILE, json.dumps(now, indent=1) + "\n")
 
 
 def is_claimed(directory: Path) -> bool:

@@ -46,7 +46,7 @@ def connect_reader(path: Path, _: str = "") -> sqlite3.Connection:
     memory (-shm) beside the file. Without them the file holds everything, and immutable=1 asks for neither.
     """
     written = any(_size(path.with_name(path.name + end)) for end in ("-wal", "-journal"))
-    mode = "mode=ro" if written else "immutable=1"
+    mode = "mode=ro" if written else "mode=ro&immutable=1"
     db = sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True, check_same_thread=False, isolation_level=None)
     _check_version(db, path)
     return db

@@ -104,7 +104,8 @@ def test_results_belong_to_the_contents_that_they_were_made_with(problems, tmp_p
     out = tmp_path / "out"
     out.mkdir()
     (out / "about.json").write_text(json.dumps(compare._settings(examinee)))
-    (out / "eval_problems.jsonl").write_text("")
+    rows = {"step": 0, "version": 0, "task": "t", "seed": 0, "n": 1, "temperature": 1.0, "problem": "p", "correct": 0}
+    (out / "eval_problems.jsonl").write_text(json.dumps(rows | {"invalid": 0}) + "\n")
     compare._check_same_settings(out, examinee)
     with problems.open("a") as file:
         file.write('{"question": "9+1=", "answer": "10"}\n')

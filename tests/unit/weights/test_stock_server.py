@@ -25,7 +25,7 @@ def listening():
             self.end_headers()
             self.wfile.write(body)
 
-        do_POST = answer
+        do_POST = answer  # noqa: N815 (the name that http.server calls)
 
         def log_message(self, *_):
             pass
