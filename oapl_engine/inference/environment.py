@@ -1,12 +1,13 @@
 """The environment of the engine process: what a site sets for other work must not change what the engine assumes.
 
 What is not named here stays the site's: devices (CUDA_VISIBLE_DEVICES, VLLM_TARGET_DEVICE), caches (HF_HOME,
-VLLM_CACHE_ROOT), networks (NCCL_*, GLOO_*), kernels (VLLM_BATCH_INVARIANT, VLLM_KV_CACHE_LAYOUT, VLLM_ROCM_*), limits,
-and modules (PYTHONPATH). VLLM_SERVER_DEV_MODE and other variables of vLLM's server are not read: there is no server.
+VLLM_CACHE_ROOT), networks (NCCL_*, GLOO_*), kernels (VLLM_BATCH_INVARIANT, VLLM_KV_CACHE_LAYOUT, VLLM_ROCM_*), and
+limits. VLLM_SERVER_DEV_MODE and other variables of vLLM's server are not read: there is no server.
 """
 
 import importlib.util
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -57,6 +58,8 @@ def engine_environment(site: Mapping[str, str], options: EngineOptions, folder: 
     one_process = options.tensor_parallel == 1
     environment = {name: value for name, value in site.items() if name not in REMOVED} | SET
     environment |= {"TMPDIR": folder, "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if one_process else "1"}
+    # a transport of the user's own lies beside the recipe, or where the trainer was started
+    environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     if "VLLM_PLUGINS" in site:  # a list of those that are loaded: ours is needed too
         theirs = [name for name in site["VLLM_PLUGINS"].split(",") if name not in ("", ENTRY_POINT)]
         environment["VLLM_PLUGINS"] = ",".join([*theirs, ENTRY_POINT])

@@ -84,6 +84,16 @@ def _refused(rows: Rows, _: Recipe) -> Iterator[Finding]:
         )
 
 
+def _invalid(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
+    share, limit = rows[-1].get("reward/all/invalid") or 0.0, recipe.reward.max_invalid_share
+    if share > limit / 2:
+        yield Finding(
+            "the verifier gives many responses no reward",
+            f"reward/all/invalid {share:.2f} (reward.max_invalid_share = {limit:g} ends a run)",
+            "the run prints the first such response with its traceback; raise reward.timeout_seconds where it is slow",
+        )
+
+
 def _equal_groups(rows: Rows, _: Recipe) -> Iterator[Finding]:
     share, reward = _mean(rows, "filters/zero_variance"), _mean(rows, "reward/all/mean")
     if share > EQUAL_SHARE:
@@ -188,4 +198,4 @@ def _unparsed(run_dir: Path) -> Iterator[Finding]:
         )
 
 
-RULES = (_gap, _refused, _equal_groups, _uncorrected, _truncation, _hot, _scale, _idle)
+RULES = (_gap, _refused, _invalid, _equal_groups, _uncorrected, _truncation, _hot, _scale, _idle)

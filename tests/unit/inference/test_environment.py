@@ -1,5 +1,6 @@
 """A site's environment does not change what the engine assumes, and what the site may choose is passed on."""
 
+import os
 import tomllib
 
 import pytest
@@ -44,9 +45,15 @@ def test_what_would_break_the_engine_is_set_or_removed():
 
 
 def test_what_the_site_may_choose_is_passed_on():
-    names = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "NCCL_DEBUG", "VLLM_BATCH_INVARIANT", "PYTHONPATH", "http_proxy")
+    names = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "NCCL_DEBUG", "VLLM_BATCH_INVARIANT", "http_proxy")
     site = dict.fromkeys(names, "site's")
     assert site.items() <= started(site).items()
+
+
+def test_modules_that_the_trainer_finds_are_found(monkeypatch):
+    """A transport of the user's own beside the recipe (errors.find_modules_in) is imported in vLLM's processes too."""
+    monkeypatch.setattr(environment.sys, "path", ["/opt/site", "", "/home/me/recipes"])
+    assert started({})["PYTHONPATH"].split(":") == ["/opt/site", os.getcwd(), "/home/me/recipes"]
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ def test_a_healthy_run(run, oapl):
     [
         ("disagree on log-probs", lambda s: {"logprob_gap/mean": 0.01}),
         ("numbers that are not finite", lambda s: {"loss": None} if s > 40 else {}),
+        ("many responses no reward", lambda s: {"reward/all/invalid": 0.08}),
         ("too hard", lambda s: {"filters/zero_variance": 0.9, "reward/all/mean": 0.02}),
         ("too easy", lambda s: {"filters/zero_variance": 0.9, "reward/all/mean": 0.98}),
         ("cut off", lambda s: {"is_truncated/mean": 0.5}),
