@@ -9,6 +9,7 @@ import torch
 from oapl_engine.trainer.loading import choose_packing_mode
 from oapl_engine.trainer.packing import TrainGroup
 from oapl_engine.trainer.policy import Policy
+from tests.support.fresh_memory import nan_in_fresh_memory
 from tests.support.models import make_network
 from tests.support.rollouts import random_group, random_rollout
 
@@ -20,6 +21,13 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def nan_in_memory():
+    """A read before a write shows in the results."""
+    with nan_in_fresh_memory():
+        yield
 
 
 @pytest.fixture
