@@ -133,9 +133,11 @@ def packed_attention(
     attention_plan: AttentionPlan | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D]. RuntimeError without a plan."""
+    """query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D], contiguous. RuntimeError without a plan."""
     if attention_plan is None:
         raise RuntimeError(f'attention "{NAME}" ran without a plan: call the model through Policy.hidden')
+    if attention_mask is not None:
+        raise RuntimeError(f"{type(module).__name__} has an attention mask of its own: its rows cannot be packed")
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast RoPE returns float32
     how = AttentionOptions(scaling, sliding_window, softcap)
     if attention_plan.kernel == "sdpa" or (softcap is not None and attention_plan.kernel != "flash"):
@@ -160,7 +162,7 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, plan: Attention
         if (i, how.window) not in plan.masks:
             plan.masks[i, how.window] = _mask(plan, piece, how.window)
         out.append(_attend(queries[i], k, v, plan.masks[i, how.window], how))
-    return torch.cat(out, 2).transpose(1, 2)
+    return torch.cat([piece.transpose(1, 2) for piece in out], 1)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: AttentionOptions) -> Tensor:

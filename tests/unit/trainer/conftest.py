@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from oapl_engine.trainer.loading import choose_packing_mode
 from oapl_engine.trainer.packing import TrainGroup
+from oapl_engine.trainer.packing_probe import choose_packing_mode
 from oapl_engine.trainer.policy import Policy
 from tests.support.fresh_memory import nan_in_fresh_memory
 from tests.support.models import make_network

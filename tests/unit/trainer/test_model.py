@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GptO
 
 from oapl_engine import config
 from oapl_engine.errors import ConfigError
-from oapl_engine.trainer.loading import choose_packing_mode, load_policy
+from oapl_engine.trainer.loading import load_policy
 from oapl_engine.trainer.packing import pack
 from oapl_engine.trainer.packing_mode import PACKING_MODES
+from oapl_engine.trainer.packing_probe import choose_packing_mode
 from oapl_engine.trainer.policy import Policy
 from oapl_engine.trainer.score import score
 from oapl_engine.trainer.step import accumulate_gradients
@@ -145,7 +146,7 @@ def test_short_convolutions_go_alone(named, groups, caplog, monkeypatch):
     One at a time the model is trained as it is: log-probs equal its own.
     """
     if not named:
-        monkeypatch.setattr("oapl_engine.trainer.loading.packing_rule", lambda _: None)
+        monkeypatch.setattr("oapl_engine.trainer.packing_probe.packing_rule", lambda _: None)
     policy = small(Lfm2Config, layer_types=["conv", "full_attention"])
     with caplog.at_level(logging.WARNING):
         choose_packing_mode(policy)
@@ -196,11 +197,11 @@ def test_dropout_is_off_and_layers_compile(make_policy, model_folder, monkeypatc
     policy = load(folder, compile=True, checkpoint_activations=True, precision="float32")
     assert [kind.__name__ for kind, options in compiled if options == {"dynamic": True}] == ["LlamaDecoderLayer"] * 2
     (batch,) = pack_one(policy)
-    assert policy.model.training
+    assert [type(m).__name__ for m in policy.model.modules() if m.training] == ["LlamaDecoderLayer"] * 2
     assert torch.equal(policy.logprob(batch, 1.0), policy.logprob(batch, 1.0))
 
 
 def pack_one(policy):
-    from oapl_engine.trainer.packing_mode import probe_groups
+    from oapl_engine.trainer.packing_probe import probe_groups
 
     return policy.batches(probe_groups(97), 1000, True)
