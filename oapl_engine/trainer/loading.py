@@ -156,15 +156,19 @@ def _check_weights(network: PreTrainedModel, tokens: int, path: str) -> None:
 
 
 def _prepare_training(policy: Policy, train: config.TrainConfig) -> None:
+    network, name = policy.model, type(policy.model).__name__
     # Log-probs are compared with the engine's, which has neither dropout nor noise in a router.
-    policy.model.eval()
+    network.eval()
+    layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
     if train.checkpoint_activations:
-        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for layer in policy.model.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                _checkpoint_without_dropout(layer)
+        if not network.supports_gradient_checkpointing:
+            raise ConfigError(f"train.checkpoint_activations: {name} cannot; set it to false")
+        kept = {"use_reentrant": False, "context_fn": attention.keep_plan}
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kept)
+        for layer in layers:
+            _checkpoint_without_dropout(layer)
     if train.compile:
-        for layer in policy.model.get_decoder().layers:
+        for layer in layers:
             layer.compile(dynamic=True)
 
 

@@ -29,6 +29,8 @@ def packing_rule(config: object) -> str | None:
     other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if other:
         return f"{sorted(other)[0]} layers read other rows than attention does"
+    if getattr(config, "attn_temperature_tuning", False):
+        return "attention temperature depends on the number of the row"
     if getattr(config, "alibi", False):
         return "ALiBi depends on the distance between rows"
     return None

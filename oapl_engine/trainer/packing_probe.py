@@ -71,9 +71,8 @@ def probe_groups(vocabulary: int) -> list[TrainGroup]:
 @contextmanager
 def _short_windows(network: PreTrainedModel) -> Iterator[None]:
     """Sliding windows of PROBE_WINDOW positions, so that a short probe reaches beyond them."""
-    modules = list(network.modules())
-    configs = {id(m.config): m.config for m in modules if isinstance(m, PreTrainedModel)}
-    places = [x for x in (*modules, *configs.values()) if isinstance(getattr(x, "sliding_window", None), int)]
+    configs = {id(m.config): m.config for m in network.modules() if hasattr(m, "config")}
+    places = [place for place in (*network.modules(), *configs.values()) if isinstance(_window(place), int)]
     windows = [place.sliding_window for place in places]
     try:
         for place in places:
@@ -82,6 +81,13 @@ def _short_windows(network: PreTrainedModel) -> Iterator[None]:
     finally:
         for place, window in zip(places, windows, strict=True):
             place.sliding_window = window
+
+
+def _window(place: Any) -> Any:
+    try:
+        return getattr(place, "sliding_window", None)
+    except RuntimeError:  # of a config whose layers have windows of their own, in configs of their own
+        return None
 
 
 def _own_attention(policy: Policy, groups: list[TrainGroup]) -> tuple[dict[str, Tensor], str]:
@@ -125,7 +131,7 @@ def unpacked_logprob(model: torch.nn.Module, rollout: Rollout, device: torch.dev
 
 
 def _known_reason(network: PreTrainedModel) -> str | None:
-    if not network._supports_attention_backend:
+    if not network._can_set_attn_implementation():
         return f"{type(network).__name__} does not take its attention from transformers' AttentionInterface"
     return packing_rule(network.config.get_text_config())
 
