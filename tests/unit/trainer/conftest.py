@@ -61,11 +61,12 @@ def groups():
 def gold():
     """gold(network, items, loss, temperature): log-probs by key and gradients by name, one sequence at a time.
 
-    loss(log-ratio sum, advantage) of one sequence; sdpa attention; nothing of ours is used.
+    loss(log-ratio sum, advantage) of one sequence; its own attention; nothing of ours is used.
     """
 
     def compute(network, items, loss, temperature=1.0):
-        network.set_attn_implementation("eager" if "Gemma" in type(network).__name__ else "sdpa")
+        # Eager attention takes its softmax in float32.
+        network.set_attn_implementation("sdpa" if network.dtype == torch.float64 else "eager")
         network.zero_grad(set_to_none=True)
         logprobs = {}
         for item in items:
