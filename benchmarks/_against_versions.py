@@ -78,7 +78,7 @@ class Now:
     """The version that this file is part of."""
 
     def policy(self, network: Any) -> Any:
-        from oapl_engine.trainer.loading import choose_packing_mode
+        from oapl_engine.trainer.packing_probe import choose_packing_mode
         from oapl_engine.trainer.policy import Policy
 
         policy = Policy(network, None, CPU, torch.float32)

@@ -157,6 +157,26 @@ def modes_read() -> str:
     )
 
 
+def architectures() -> str:
+    """What becomes of each tiny model of `python -m benchmarks architectures`."""
+    found = read("architectures")["findings"]
+
+    def row(what: str, names: list[str]) -> list[str]:
+        nats, gradient = (
+            f"{max(values):.0e}" if (values := [found[n][key] for n in names if found[n][key] is not None]) else "-"
+            for key in ("nats", "gradient")
+        )
+        return [what, str(len(names)), nats, gradient, ", ".join(f"`{name}`" for name in sorted(names))]
+
+    def named(*modes: str) -> list[str]:
+        return [name for name, finding in found.items() if finding["mode"] in modes]
+
+    rows = [row("prompts shared", named("share")), row("packed, prompts not shared", named("pack"))]
+    rows += [row("one by one", named("one by one")), row("refused", named("refused"))]
+    head = ["what the trainer does", "models", "log-probs, nats", "gradients, relative", "which"]
+    return table(head, [cells for cells in rows if cells[1] != "0"])
+
+
 def all_figures() -> str:
     """Every figure that committed data gives, with its command."""
     return table(["what", "figure", "command"], [[f.what, f.figure(), f.command] for f in _figures.FIGURES])
@@ -199,6 +219,7 @@ PARTS = {
     "weights": weights,
     "modes": modes,
     "modes-read": modes_read,
+    "architectures": architectures,
     "figures": all_figures,
     "headline": headline,
 }

@@ -31,9 +31,10 @@ from oapl_engine import config
 from oapl_engine.samples import Batch, Rollout
 from oapl_engine.trainer import attention
 from oapl_engine.trainer.head import policy_loss
-from oapl_engine.trainer.loading import DTYPES, choose_packing_mode
+from oapl_engine.trainer.loading import DTYPES
 from oapl_engine.trainer.optimizer import make_optimizer
 from oapl_engine.trainer.packing import TrainGroup, pack
+from oapl_engine.trainer.packing_probe import choose_packing_mode
 from oapl_engine.trainer.policy import Policy
 from oapl_engine.trainer.step import accumulate_gradients
 

@@ -15,9 +15,9 @@ from benchmarks._gpu.report import DEVICE, DRY, FLOAT, HALF, median_seconds, pea
 from oapl_engine.config import OptimizerConfig
 from oapl_engine.samples import Batch, Prompt, make_rollout
 from oapl_engine.trainer import attention, checkpoint, offload
-from oapl_engine.trainer.loading import choose_packing_mode
 from oapl_engine.trainer.optimizer import make_optimizer
 from oapl_engine.trainer.packing import TrainGroup, pack
+from oapl_engine.trainer.packing_probe import choose_packing_mode
 from oapl_engine.trainer.policy import Policy
 from oapl_engine.trainer.step import accumulate_gradients, train_step
 

@@ -12,9 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .workspace import cast_in_place
-
 LOWEST = -1e30  # d of a logit of -inf: finite, so that p * d is 0 and not NaN
+
+
+def cast_in_place(source: Tensor, dtype: torch.dtype) -> Tensor:
+    """View of the first part of each row of source [n, V] as dtype (no larger than source's own): [n, V]."""
+    return source.view(dtype)[:, : source.shape[1]]
 
 
 def _row_blocks(logits: Tensor) -> Iterator[slice]:

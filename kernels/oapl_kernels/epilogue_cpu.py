@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import _cpu  # type: ignore[attr-defined]
-from .workspace import cast_in_place
+from .epilogue import cast_in_place
 
 
 def _logits(logits: Tensor, target: Tensor, temperature: float, softcap: float | None) -> _cpu.Logits:

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .epilogue import cast_in_place
 from .launches import INTERPRETED, launch
-from .workspace import cast_in_place
 
 BLOCK, WARPS = 4096, 8
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from . import backend as backends
 from .chunks import default_chunk_tokens
 from .compiler import operation, return_nothing
+from .epilogue import cast_in_place
 from .matmul import WeightGradient, accumulation_dtype, multiplies_natively, project
 from .vocabulary import Vocabulary
-from .workspace import cast_in_place, workspace
 
 
 class HeadOptions(NamedTuple):
@@ -71,13 +71,13 @@ class Head:
         self._statistics = self.new(4, self.rows)
 
     def new(self, *shape: int) -> Tensor:
-        """Workspace for sums: fp32, fp64 for fp64 weights."""
-        return workspace(*shape, dtype=self.dtype, device=self.weight.device)
+        """Uninitialised memory for sums: fp32, fp64 for fp64 weights."""
+        return torch.empty(*shape, dtype=self.dtype, device=self.weight.device)
 
     def hidden_gradient(self, hidden: Tensor) -> Tensor:
-        """Workspace [T, D] for the gradient of hidden [T, D]. fp16 cannot hold gradients that are not scaled yet."""
+        """Uninitialised memory for the gradient of hidden [T, D]. fp16 cannot hold gradients not scaled yet."""
         dtype = self.dtype if hidden.dtype == torch.float16 else hidden.dtype
-        return workspace(*hidden.shape, dtype=dtype, device=hidden.device)
+        return torch.empty(*hidden.shape, dtype=dtype, device=hidden.device)
 
     def weight_gradient(self, weight: bool, bias: bool) -> WeightGradient:
         """Sums for the gradients of weight and bias, of those that are wanted."""

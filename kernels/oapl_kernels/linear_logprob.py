@@ -11,7 +11,6 @@ from .head import Head, HeadOptions, compute_dtype
 from .matmul import accumulation_dtype, hidden_product
 from .sequence import scatter_rows
 from .vocabulary import Vocabulary, group_name
-from .workspace import workspace
 
 
 def _start(
@@ -125,7 +124,7 @@ def head_logprob(
     tokens = len(target)
     with torch.autocast(hidden.device.type, enabled=False):
         head, hidden, target, position = _start(hidden, weight, target, bias, dtype, ignore_index, options)
-        stats = workspace(4, len(hidden), dtype=head.dtype, device=hidden.device)
+        stats = torch.empty(4, len(hidden), dtype=head.dtype, device=hidden.device)
         for rows in _chunks(head, len(hidden)):
             stats[:, rows] = head.score(hidden[rows], target[rows])
     if position is not None:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .backend import extension
 from .compiler import operation, return_nothing
-from .workspace import workspace
 
 TILE = 4096  # vocabulary rows widened at a time
 AMX_DEPTH = 32  # bf16 values of one row that an AMX tile holds
@@ -32,7 +31,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _wide_tiles(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    buffer = workspace(min(TILE, len(weight)), weight.shape[1], dtype=torch.float32, device=weight.device)
+    buffer = torch.empty(min(TILE, len(weight)), weight.shape[1], dtype=torch.float32, device=weight.device)
     for start in range(0, len(weight), TILE):
         rows = slice(start, min(start + TILE, len(weight)))
         tile = buffer[: rows.stop - rows.start]
@@ -109,7 +108,7 @@ def hidden_product(grad: Tensor, weight: Tensor, out: Tensor) -> None:
     if grad.dtype == weight.dtype == out.dtype and not summed:
         torch.mm(_library_operand(grad), weight, out=out)
         return
-    total = workspace(*out.shape, dtype=accumulation_dtype(grad.dtype), device=grad.device)
+    total = torch.empty(*out.shape, dtype=accumulation_dtype(grad.dtype), device=grad.device)
     if summed:
         product(grad, weight, total, False)
     else:
@@ -164,7 +163,7 @@ class WeightGradient:
         else:
             # The library has no bf16 product with fp32 sums on CPU: a kept temporary, added in fp32.
             if self._product is None:
-                self._product = workspace(*into.shape, dtype=grad.dtype, device=grad.device)
+                self._product = torch.empty(*into.shape, dtype=grad.dtype, device=grad.device)
             torch.mm(grad, hidden, out=self._product)
             _accumulate(into, self._product, self.empty)
 

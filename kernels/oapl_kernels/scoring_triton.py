@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .epilogue_triton import scaled
 from .launches import INTERPRETED, launch
-from .workspace import workspace
 
 TOKENS, VOCABULARY, DEPTH, GROUP = 128, 128, 64, 8
 WARPS, STAGES = 8, 2 if torch.version.hip else 3
@@ -126,8 +125,8 @@ def score(
     tokens, depth = hidden.shape
     hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
     row_tiles, column_tiles = triton.cdiv(tokens, TOKENS), triton.cdiv(len(weight), VOCABULARY)
-    partial = workspace(3, column_tiles, tokens, dtype=torch.float32, device=hidden.device)
-    chosen = workspace(tokens, dtype=torch.float32, device=hidden.device)
+    partial = torch.empty(3, column_tiles, tokens, dtype=torch.float32, device=hidden.device)
+    chosen = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
     launch(
         score_tile,
         (row_tiles * column_tiles,),

@@ -17,7 +17,6 @@ from .chunks import Long, Whole, plan_chunks
 from .head import Head
 from .matmul import WeightGradient, hidden_product
 from .objectives.objective import LossFunction, Objective, PolicyInputs
-from .workspace import workspace
 
 ROWS_AT_A_TIME = 64  # scaled together: a product of bf16 rows is fp32 before it is rounded
 
@@ -51,13 +50,13 @@ class UnscaledGradient:
 
     def __init__(self, head: Head, length: int, main: WeightGradient, hidden_size: int):
         device, dtype = head.weight.device, head.gradient_dtype
-        self.hidden = workspace(length, hidden_size, dtype=dtype, device=device)
+        self.hidden = torch.empty(length, hidden_size, dtype=dtype, device=device)
         self.rows: Tensor | None = None
         self.sums: WeightGradient | None = None
         if not main.wanted:
             return
         if length * dtype.itemsize <= hidden_size * head.dtype.itemsize:
-            self.rows = workspace(length, len(head.weight), dtype=dtype, device=device)
+            self.rows = torch.empty(length, len(head.weight), dtype=dtype, device=device)
         else:
             self.sums = head.weight_gradient(main.weight is not None, main.bias is not None)
 

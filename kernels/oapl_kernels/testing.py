@@ -1,6 +1,5 @@
 """What tests and benchmarks see of the kernels' insides, and nothing that the kernels need.
 
-POISON     workspace starts as NaN: a read before a write shows in every result
 LAUNCHES   how often each Triton kernel was launched
 FUNCTIONS  what the custom ops run, by name
 """
@@ -12,7 +11,6 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-POISON = False
 LAUNCHES: Counter[str] = Counter()
 FUNCTIONS: dict[str, Callable[..., Any]] = {}
 LIBRARY_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")

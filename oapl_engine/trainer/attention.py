@@ -6,10 +6,13 @@ half precision one variable-length flash call, with the prefix's keys and values
 
 Stock attention given packed rows is silently wrong (a jump of positions is read as a new document), so nothing runs
 unless both are there: `packed_attention` refuses without a plan, `Policy.hidden` without the registered attention.
+The plan is a context variable, because the layers of some models do not pass keyword arguments on to attention.
 """
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -32,11 +35,13 @@ class AttentionOptions(NamedTuple):
     scale:    None: 1/√D
     window:   positions, the query's own included; None: all of them
     softcap:  c of c·tanh(x / c); None: no cap
+    sinks:    [H], a score of each head that takes its share of the softmax and adds nothing; None: no sink
     """
 
     scale: float | None = None
     window: int | None = None
     softcap: float | None = None
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,24 @@ class AttentionPlan:
     max_query: int
     max_key: int
     masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
+
+
+_PLAN: ContextVar[AttentionPlan | None] = ContextVar("attention_plan", default=None)
+
+
+@contextmanager
+def use_plan(plan: AttentionPlan | None) -> Iterator[None]:
+    """Inside, packed attention follows this plan."""
+    before = _PLAN.set(plan)
+    try:
+        yield
+    finally:
+        _PLAN.reset(before)
+
+
+def keep_plan() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """`context_fn` of torch.utils.checkpoint: recomputation, which comes later, follows the plan of the first pass."""
+    return nullcontext(), use_plan(_PLAN.get())
 
 
 def plan_attention(spans: Sequence[PromptSpan], device: torch.device, kernel: str = "sdpa") -> AttentionPlan:
@@ -130,18 +153,22 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    attention_plan: AttentionPlan | None = None,
+    s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D]. RuntimeError without a plan."""
-    if attention_plan is None:
+    """query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D], contiguous. RuntimeError without a plan."""
+    plan = _PLAN.get()
+    if plan is None:
         raise RuntimeError(f'attention "{NAME}" ran without a plan: call the model through Policy.hidden')
+    if attention_mask is not None:
+        raise RuntimeError(f"{type(module).__name__} has an attention mask of its own: its rows cannot be packed")
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast RoPE returns float32
-    how = AttentionOptions(scaling, sliding_window, softcap)
-    if attention_plan.kernel == "sdpa" or (softcap is not None and attention_plan.kernel != "flash"):
-        return segment_attention(query, key, value, attention_plan, how), None
-    kernel = _flash if attention_plan.kernel == "flash" else _varlen
-    return varlen_attention(query[0], key[0], value[0], attention_plan, kernel, how)[None], None
+    how = AttentionOptions(scaling, sliding_window, softcap, s_aux)
+    lacks = s_aux is not None or (softcap is not None and plan.kernel != "flash")
+    if plan.kernel == "sdpa" or lacks:
+        return segment_attention(query, key, value, plan, how), None
+    kernel = _flash if plan.kernel == "flash" else _varlen
+    return varlen_attention(query[0], key[0], value[0], plan, kernel, how)[None], None
 
 
 AttentionInterface.register(NAME, packed_attention)
@@ -160,26 +187,27 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, plan: Attention
         if (i, how.window) not in plan.masks:
             plan.masks[i, how.window] = _mask(plan, piece, how.window)
         out.append(_attend(queries[i], k, v, plan.masks[i, how.window], how))
-    return torch.cat(out, 2).transpose(1, 2)
+    return torch.cat([piece.transpose(1, 2) for piece in out], 1)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: AttentionOptions) -> Tensor:
     repeats = query.shape[1] // key.shape[1]
-    if how.softcap is None:
+    if how.softcap is None and how.sinks is None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=how.scale, enable_gqa=repeats > 1
         )
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if how.scale is None else how.scale)
-    scores = how.softcap * torch.tanh(scores / how.softcap)
+    if how.softcap is not None:
+        scores = how.softcap * torch.tanh(scores / how.softcap)
     rows, columns = scores.shape[-2:]
     keep = mask if mask is not None else torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril()
-    return (
-        scores.masked_fill(~keep, -torch.inf)
-        .softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-        .to(value.dtype)
-        @ value
-    )
+    scores = scores.masked_fill(~keep, -torch.inf)
+    if how.sinks is not None:
+        sinks = how.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return weights[..., :columns].to(value.dtype) @ value
 
 
 def _mask(plan: AttentionPlan, piece: SdpaCall, window: int | None) -> Tensor | None:
@@ -220,7 +248,8 @@ def varlen_attention(
     if plan.gather is not None:
         key, value = key.index_select(0, plan.gather), value.index_select(0, plan.gather)
     lengths = (plan.cu_query, plan.cu_key, plan.max_query, plan.max_key)
-    return kernel(query.contiguous(), key.contiguous(), value.contiguous(), *lengths, *how)
+    options = (how.scale, how.window, how.softcap)
+    return kernel(query.contiguous(), key.contiguous(), value.contiguous(), *lengths, *options)
 
 
 def _flash(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap) -> Tensor:  # type: ignore[no-untyped-def]

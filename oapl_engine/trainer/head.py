@@ -1,5 +1,6 @@
 """From hidden states to log-probs and losses: only rows that predict a sampled token reach the vocabulary head."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from oapl_kernels import Objective, PolicyInputs, PolicyLoss, fused_policy_loss, linear_logprob
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from oapl_engine.samples import Batch
 
@@ -23,6 +25,25 @@ class Head:
 
     def options(self, temperature: float) -> dict[str, Any]:
         return {"bias": self.bias, "softcap": self.softcap, "temperature": temperature / self.scale}
+
+
+# What transformers' configs call the numbers between a head's product and its logits.
+FACTORS, DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling", "logits_mup_width_multiplier")
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+def get_head(network: PreTrainedModel) -> Head:
+    """A causal LM's output embeddings and what its config does to logits afterwards.
+
+    Not all models use such a field in the same way: loading compares log-probs with the model's own.
+    """
+    output, config = network.get_output_embeddings(), network.config.get_text_config()
+
+    def numbers(names: tuple[str, ...]) -> list[float]:
+        return [value for n in names if isinstance(value := getattr(config, n, None), int | float) and value]
+
+    scale = math.prod(numbers(FACTORS)) / math.prod(numbers(DIVISORS))
+    return Head(output.weight, getattr(output, "bias", None), next(iter(numbers(SOFTCAPS)), None), scale)
 
 
 def policy_loss(

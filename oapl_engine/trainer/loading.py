@@ -10,15 +10,14 @@ import torch
 import transformers
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
 from oapl_engine import config
 from oapl_engine.errors import ConfigError
 from oapl_engine.trainer import attention
-from oapl_engine.trainer.packing import TrainGroup
-from oapl_engine.trainer.packing_mode import PACKING_MODES, PackingMode, packing_rule, probe_groups, unpacked_logprob
+from oapl_engine.trainer.packing_probe import choose_packing_mode
 from oapl_engine.trainer.policy import Policy
 
 log = logging.getLogger(__name__)
@@ -43,7 +42,8 @@ def load_policy(model: config.ModelConfig, train: config.TrainConfig, device: to
         lora = LoraConfig(r=model.lora_rank, lora_alpha=LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
         network = inject_adapter_in_model(lora, network)
     policy = Policy(network.to(device).eval(), tokenizer, device, matmul_dtype, kernel)
-    choose_packing_mode(policy)
+    with silence_transformers():
+        choose_packing_mode(policy)
     _prepare_training(policy, train)
     return policy
 
@@ -85,9 +85,9 @@ def _load_network(model: config.ModelConfig) -> PreTrainedModel:
     try:
         with silence_transformers():
             network, info = AutoModelForCausalLM.from_pretrained(
-                path, dtype=DTYPES[model.dtype], output_loading_info=True
+                path, dtype=DTYPES[model.dtype], attn_implementation="eager", output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, and what modelling files raise
         raise _refused(path, f" cannot be loaded: {error}") from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -147,7 +147,12 @@ def read_text_config(path: str) -> dict[str, Any]:
 
 
 def _check_weights(network: PreTrainedModel, tokens: int, path: str) -> None:
-    rows = len(network.get_output_embeddings().weight)
+    output = network.get_output_embeddings()
+    if output is None:
+        raise _refused(
+            path, f": {type(network).__name__} has no output embeddings, the head that tokens are drawn from"
+        )
+    rows = len(output.weight)
     if tokens > rows:
         raise _refused(
             path,
@@ -159,53 +164,25 @@ def _check_weights(network: PreTrainedModel, tokens: int, path: str) -> None:
             raise _refused(path, f": weight {name} holds NaN or Inf; fetch or train the model again")
 
 
-def choose_packing_mode(policy: Policy) -> None:
-    """Set the first of PACKING_MODES in which packed rows have the model's own log-probs. ConfigError if none has."""
-    network, matmul_dtype, kernel = policy.model, policy.matmul_dtype, policy.kernel
-    own_attention = network.config._attn_implementation
-    # The comparison is one of mathematics: at the parameters' own precision, by a kernel that has it.
-    policy.matmul_dtype, policy.kernel = next(network.parameters()).dtype, "sdpa"
-    groups = probe_groups(policy.vocabulary)
-    own = {r.key: unpacked_logprob(network, r, policy.device) for group in groups for r in group.rollouts}
-    reason = packing_rule(network.config.get_text_config())
-    if not network._supports_attention_backend:
-        reason = f"{type(network).__name__} does not take its attention from transformers' AttentionInterface"
-    for mode in PACKING_MODES if reason is None else PACKING_MODES[-1:]:
-        policy.packing_mode = PackingMode(mode.share, mode.together, reason)
-        with silence_transformers():
-            network.set_attn_implementation(attention.NAME if mode.together else own_attention)
-        failure = _probe(policy, groups, own)
-        if failure is None:
-            break
-        reason = reason or failure
-    else:
-        raise ConfigError(f"{type(network).__name__}: log-probs differ from the model's own ({failure}); not supported")
-    policy.matmul_dtype, policy.kernel = matmul_dtype, kernel
-    if reason is not None:
-        log.warning("prompts are not shared%s: %s", "" if policy.packing_mode.together else ", nor rows packed", reason)
-
-
-@torch.no_grad()
-def _probe(policy: Policy, groups: list[TrainGroup], own: dict[str, Tensor]) -> str | None:
-    tolerance = 0.1 if policy.matmul_dtype == torch.bfloat16 else 1e-3
-    worst = 0.0
-    try:
-        for batch in policy.batches(groups, 1 << 20, True):
-            expected = torch.cat([own[key] for key in batch.keys])
-            worst = max(worst, float((policy.logprob(batch, 1.0) - expected).abs().max()))
-    except (RuntimeError, TypeError, ValueError) as error:
-        return f"the packed forward pass failed: {error}"
-    return None if worst <= tolerance else f"packed log-probs are off by {worst:.2g} nats"
-
-
 def _prepare_training(policy: Policy, train: config.TrainConfig) -> None:
-    policy.model.train()
-    for module in policy.model.modules():
-        # Log-probs are compared with the engine's, which has no dropout; oapl_packed ignores attention dropout.
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    network, name = policy.model, type(policy.model).__name__
+    # Log-probs are compared with the engine's, which has neither dropout nor noise in a router.
+    network.eval()
+    layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
     if train.checkpoint_activations:
-        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if not network.supports_gradient_checkpointing:
+            raise ConfigError(f"train.checkpoint_activations: {name} cannot; set it to false")
+        kept = {"use_reentrant": False, "context_fn": attention.keep_plan}
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kept)
+        for layer in layers:
+            _checkpoint_without_dropout(layer)
     if train.compile:
-        for layer in policy.model.get_decoder().layers:
+        for layer in layers:
             layer.compile(dynamic=True)
+
+
+def _checkpoint_without_dropout(layer: GradientCheckpointingLayer) -> None:
+    layer.training = True  # of the layer itself, not of the modules inside it: without, it does not checkpoint
+    for name, value in vars(layer).items():
+        if "dropout" in name and isinstance(value, float):
+            setattr(layer, name, 0.0)

@@ -1,7 +1,7 @@
 """The policy: any transformers causal LM, its head, and its forward pass over packed rows."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from oapl_engine.samples import Batch
 from oapl_engine.trainer import attention
-from oapl_engine.trainer.head import Head, row_logprob
+from oapl_engine.trainer.head import Head, get_head, row_logprob
 from oapl_engine.trainer.packing import TrainGroup, pack
 from oapl_engine.trainer.packing_mode import PACKING_MODES, PackingMode
 
@@ -38,10 +38,15 @@ class Policy:
     @property
     def head(self) -> Head:
         """Its output embeddings and what its config does to logits afterwards."""
-        output, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
-        softcap = getattr(config, "final_logit_softcapping", None)
-        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-        return Head(output.weight, getattr(output, "bias", None), softcap, scale)
+        return get_head(self.model)
+
+    @property
+    def decoder(self) -> PreTrainedModel:
+        """The model up to its last norm: without its head."""
+        found = self.model.get_decoder()
+        if found is self.model or not isinstance(found, PreTrainedModel):  # not found, or a layer of the head
+            found = self.model.model
+        return found
 
     @property
     def vocabulary(self) -> int:
@@ -60,15 +65,15 @@ class Policy:
             raise RuntimeError(
                 f"{len(batch.keys)} sequences in a batch, but {self.packing_mode.reason}: pack one by one"
             )
-        extra = {"attention_plan": self._plan(batch)} if self.packing_mode.together else {}
+        plan = attention.use_plan(self._plan(batch)) if self.packing_mode.together else nullcontext()
         token_ids = torch.from_numpy(batch.token_ids).to(self.device)[None]
         positions = torch.from_numpy(batch.positions).to(self.device)[None]
-        with self.precision():
-            out = self.model.get_decoder()(input_ids=token_ids, position_ids=positions, use_cache=False, **extra)
+        with self.precision(), plan:
+            out = self.decoder(input_ids=token_ids, position_ids=positions, use_cache=False)
         return out.last_hidden_state[0]
 
     def _plan(self, batch: Batch) -> attention.AttentionPlan:
-        for part in (self.model, self.model.get_decoder()):
+        for part in (self.model, self.decoder):
             if part.config._attn_implementation != attention.NAME:
                 raise RuntimeError(
                     f'{type(part).__name__} uses attention "{part.config._attn_implementation}", which reads packed '

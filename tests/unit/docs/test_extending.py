@@ -18,10 +18,10 @@ from oapl_engine.data.micro import micro_tokenizer
 from oapl_engine.data.task import load_task
 from oapl_engine.orchestrator.preflight import check_names
 from oapl_engine.rewards import VerifierPool
-from oapl_engine.trainer.loading import choose_packing_mode
 from oapl_engine.trainer.objective import make_objective, normalizer
 from oapl_engine.trainer.optimizer import make_optimizer
 from oapl_engine.trainer.packing import pack
+from oapl_engine.trainer.packing_probe import choose_packing_mode
 from oapl_engine.trainer.policy import Policy
 from oapl_engine.trainer.selection import select_rollouts
 from oapl_engine.trainer.step import train_step

@@ -1,7 +1,8 @@
 import pytest
 import torch
-from oapl_kernels import testing
 from oapl_kernels.backend import extension
+
+from tests.support.fresh_memory import nan_in_fresh_memory
 
 
 @pytest.fixture(autouse=True)
@@ -14,9 +15,10 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
-def poisoned_workspace(monkeypatch):
-    """Workspace starts as NaN: a read before a write shows in the results."""
-    monkeypatch.setattr(testing, "POISON", True)
+def nan_in_memory():
+    """A read before a write shows in the results."""
+    with nan_in_fresh_memory():
+        yield
 
 
 @pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])

@@ -94,6 +94,19 @@ def test_hidden_product_reads_nothing_beyond_rows(vocabulary, transposed):
         assert relative_error(out, grad.double() @ weight.double()) < 4 * HALF[torch.bfloat16]
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 31, 33, 64])
+def test_weight_product_reads_nothing_beyond_rows(tokens, transposed):
+    """So does its product of the other side: here the depth is the number of tokens."""
+    random = torch.Generator().manual_seed(3)
+    for vocabulary, depth in ((1, 1), (33, 39), (257, 32)):
+        grad = laid_out(tokens, vocabulary, torch.bfloat16, False, random)
+        hidden = laid_out(tokens, depth, torch.bfloat16, transposed, random)
+        total = matmul.WeightGradient(torch.full((vocabulary, depth), torch.nan), None)
+        total.add(grad, hidden)
+        assert relative_error(total.weight, grad.double().T @ hidden.double()) < 4 * HALF[torch.bfloat16]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("objective", [oapl(0.05), grpo()], ids=lambda objective: objective.name)
 def test_the_loss_is_right_on_every_instruction_set(instruction_set, dtype, objective):

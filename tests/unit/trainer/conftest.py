@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from oapl_engine.trainer.loading import choose_packing_mode
 from oapl_engine.trainer.packing import TrainGroup
+from oapl_engine.trainer.packing_probe import choose_packing_mode
 from oapl_engine.trainer.policy import Policy
+from tests.support.fresh_memory import nan_in_fresh_memory
 from tests.support.models import make_network
 from tests.support.rollouts import random_group, random_rollout
 
@@ -20,6 +21,13 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def nan_in_memory():
+    """A read before a write shows in the results."""
+    with nan_in_fresh_memory():
+        yield
 
 
 @pytest.fixture
@@ -53,11 +61,12 @@ def groups():
 def gold():
     """gold(network, items, loss, temperature): log-probs by key and gradients by name, one sequence at a time.
 
-    loss(log-ratio sum, advantage) of one sequence; sdpa attention; nothing of ours is used.
+    loss(log-ratio sum, advantage) of one sequence; its own attention; nothing of ours is used.
     """
 
     def compute(network, items, loss, temperature=1.0):
-        network.set_attn_implementation("eager" if "Gemma" in type(network).__name__ else "sdpa")
+        # Eager attention takes its softmax in float32.
+        network.set_attn_implementation("sdpa" if network.dtype == torch.float64 else "eager")
         network.zero_grad(set_to_none=True)
         logprobs = {}
         for item in items:

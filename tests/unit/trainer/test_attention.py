@@ -47,7 +47,7 @@ def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap):
     return torch.cat(out)
 
 
-def dense(q, k, v, window, softcap):
+def dense(q, k, v, window, softcap, sinks=None):
     """Mask over all rows from who may read whom, written without the plan."""
     owner, position = torch.zeros(ROWS, dtype=torch.long), torch.zeros(ROWS, dtype=torch.long)
     group = torch.zeros(ROWS, dtype=torch.long)
@@ -61,7 +61,10 @@ def dense(q, k, v, window, softcap):
     k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
     scores = q @ k.transpose(2, 3) * 0.3
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    return (scores.masked_fill(~may, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+    scores = scores.masked_fill(~may, -torch.inf)
+    weights = scores.exp()
+    total = weights.sum(-1, keepdim=True) + (0 if sinks is None else sinks.exp()[:, None, None])
+    return (weights / total @ v).transpose(1, 2)
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -80,6 +83,20 @@ def test_forms_against_dense_mask(form, window, softcap):
         ]
     torch.testing.assert_close(out, dense(*inputs, window, softcap), atol=1e-12, rtol=1e-12)
     for found, wanted in zip(torch.autograd.grad((out * upstream).sum(), inputs), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_sinks_against_dense(softcap):
+    """Outputs and gradients, also of the sinks, agree with a softmax whose sum holds exp(sink)."""
+    inputs = [*tensors(), torch.randn(4, dtype=torch.float64, requires_grad=True)]
+    *qkv, sinks = inputs
+    upstream = torch.randn(1, ROWS, 4, 8, dtype=torch.float64)
+    expected = dense(*qkv, 4, softcap, sinks)
+    out = segment_attention(*qkv, plan_attention(SPANS, CPU), AttentionOptions(0.3, 4, softcap, sinks))
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
+    gradients = (torch.autograd.grad((found * upstream).sum(), inputs) for found in (out, expected))
+    for found, wanted in zip(*gradients, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-11, rtol=1e-11)
 
 

@@ -139,8 +139,7 @@ def test_checkpointed_activations(make_policy, groups, relative):
     """The plan reaches attention in recomputation too: the same gradient."""
     policy, items = make_policy(), groups.items(groups.ragged())
     _, plain = ours(policy, pack(items, 400, True), 14)
-    policy.model.train()
-    policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _prepare_training(policy, config.TrainConfig(checkpoint_activations=True))
     _, again = ours(policy, pack(items, 400, True), 14)
     assert relative(again, plain) <= 1e-6
 

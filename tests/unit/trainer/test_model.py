@@ -1,21 +1,19 @@
 """Loading a policy: bad input is an error that says what to do, and no model is packed in a way it does not compute."""
 
 import json
-import logging
 
 import numpy as np
 import pytest
 import torch
 from oapl_kernels.objectives import oapl
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GptOssConfig, Lfm2Config
+from transformers import BertConfig, BertForMaskedLM
 
 from oapl_engine import config
 from oapl_engine.errors import ConfigError
-from oapl_engine.trainer.loading import choose_packing_mode, load_policy
+from oapl_engine.trainer.loading import load_policy
 from oapl_engine.trainer.packing import pack
 from oapl_engine.trainer.packing_mode import PACKING_MODES
-from oapl_engine.trainer.policy import Policy
 from oapl_engine.trainer.score import score
 from oapl_engine.trainer.step import accumulate_gradients
 
@@ -128,66 +126,6 @@ def test_lora(model_folder, groups):
     assert any(p.grad.any() for p in policy.trainable().values())
 
 
-def small(kind, **fields):
-    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "pad_token_id": 0}
-    fields = sizes | {"num_key_value_heads": 2, "num_hidden_layers": 2, "eos_token_id": 2, "bos_token_id": 1} | fields
-    torch.manual_seed(0)
-    network = AutoModelForCausalLM.from_config(kind(**fields)).float().eval()
-    for parameter in network.parameters():
-        parameter.data.normal_(0, 0.2)
-    return Policy(network, None, CPU, torch.float32)
-
-
-@pytest.mark.parametrize("named", [True, False], ids=["by name", "by the probe"])
-def test_short_convolutions_go_alone(named, groups, caplog, monkeypatch):
-    """Convolutions read the neighbouring row, another sequence's: noticed by name, and by the probe if unnamed.
-
-    One at a time the model is trained as it is: log-probs equal its own.
-    """
-    if not named:
-        monkeypatch.setattr("oapl_engine.trainer.loading.packing_rule", lambda _: None)
-    policy = small(Lfm2Config, layer_types=["conv", "full_attention"])
-    with caplog.at_level(logging.WARNING):
-        choose_packing_mode(policy)
-    assert (policy.packing_mode.share, policy.packing_mode.together) == (False, False)
-    assert ("conv layers read other rows" if named else "packed log-probs are off by") in caplog.text
-    items = groups.items([groups.make(0, 9, [5, 7])])
-    batches = policy.batches(items, 1000, True)
-    assert [len(b.keys) for b in batches] == [1, 1]
-    for batch, rollout in zip(batches, items[0].rollouts, strict=True):
-        ids = torch.from_numpy(rollout.token_ids.astype(np.int64))
-        expected = policy.model(ids[None]).logits[0, 8:-1].log_softmax(-1).gather(1, ids[9:, None])[:, 0]
-        torch.testing.assert_close(policy.logprob(batch, 1.0), expected, atol=1e-5, rtol=1e-5)
-    (packed,) = pack(items, 1000, True)
-    with pytest.raises(RuntimeError, match="2 sequences in a batch, but"):
-        policy.hidden(packed)
-
-
-def test_attention_sinks_are_noticed(caplog):
-    """gpt-oss adds a learned sink to every softmax, which oapl_packed does not know: the probe sees it."""
-    policy = small(GptOssConfig, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
-    with caplog.at_level(logging.WARNING):
-        choose_packing_mode(policy)
-    assert not policy.packing_mode.together
-    assert "prompts are not shared, nor rows packed: packed log-probs are off by" in caplog.text
-
-
-def test_a_head_that_is_not_known_is_an_error(make_policy, monkeypatch):
-    """A model that transforms its logits in a way that we do not: refused, never trained wrongly."""
-    policy = make_policy()
-    real = type(policy.model).forward
-
-    def scaled(self, **kwargs):
-        out = real(self, **kwargs)
-        out.logits = out.logits * 1.5
-        return out
-
-    monkeypatch.setattr(type(policy.model), "forward", scaled)
-    policy.model.set_attn_implementation("sdpa")
-    with pytest.raises(ConfigError, match="LlamaForCausalLM: log-probs differ from the model's own"):
-        choose_packing_mode(policy)
-
-
 def test_dropout_is_off_and_layers_compile(make_policy, model_folder, monkeypatch):
     folder = model_folder()
     edit_config(folder, attention_dropout=0.5)
@@ -196,11 +134,17 @@ def test_dropout_is_off_and_layers_compile(make_policy, model_folder, monkeypatc
     policy = load(folder, compile=True, checkpoint_activations=True, precision="float32")
     assert [kind.__name__ for kind, options in compiled if options == {"dynamic": True}] == ["LlamaDecoderLayer"] * 2
     (batch,) = pack_one(policy)
-    assert policy.model.training
+    assert [type(m).__name__ for m in policy.model.modules() if m.training] == ["LlamaDecoderLayer"] * 2
     assert torch.equal(policy.logprob(batch, 1.0), policy.logprob(batch, 1.0))
 
 
 def pack_one(policy):
-    from oapl_engine.trainer.packing_mode import probe_groups
+    from oapl_engine.trainer.packing_probe import probe_groups
 
     return policy.batches(probe_groups(97), 1000, True)
+
+
+def test_a_model_that_cannot_recompute_is_refused(model_folder, monkeypatch):
+    monkeypatch.setattr("transformers.LlamaForCausalLM.supports_gradient_checkpointing", False)
+    with pytest.raises(ConfigError, match=r"train.checkpoint_activations: LlamaForCausalLM cannot; set it to false"):
+        load(model_folder(), checkpoint_activations=True)
