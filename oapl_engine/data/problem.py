@@ -1,5 +1,6 @@
 """What every source of problems offers: a question by number, and the record its verifier needs."""
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,11 +10,25 @@ from oapl_engine.errors import ConfigError, nearest
 
 @dataclass(frozen=True)
 class Problem:
-    """One question. Two problems are the same when their question texts are."""
+    """One question. Two problems are the same when their `text` is.
+
+    id:        unique in its source
+    question:  as text; of a chat, the user's last message
+    record:    what the verifier gets, JSON
+    messages:  the complete chat that the prompt is, each with role and content; empty: the prompt is the question
+    place:     where it was read, for errors ("FILE, line 3"); empty: it was generated
+    """
 
     id: str
     question: str
     record: dict[str, Any]
+    messages: tuple[dict[str, Any], ...] = ()
+    place: str = field(default="", compare=False)
+
+    @property
+    def text(self) -> str:
+        """What the model is asked: the question, or the complete chat as JSON."""
+        return json.dumps(self.messages, sort_keys=True, ensure_ascii=False) if self.messages else self.question
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 A source from elsewhere needs no line: data.source = "package.module:factory" names it. See docs/extending.md.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 from oapl_engine.config import DataConfig
@@ -14,29 +15,34 @@ class SourceKind(NamedTuple):
     """How a source is made and what it needs.
 
     factory:   "module:function" of a `factory(data: DataConfig) -> Source`; None: it holds rollouts only
-    requires:  fields of [data] that must not be empty
+    reads:     fields of [data] that it reads; those of PROMPTS come on top where prompts are made of it
+    requires:  of these the ones that must not be empty
     rollouts:  whether offline mode can read finished rollouts from it
     by_name:   field of [data] that NAME in `--task SOURCE:NAME` stands for; None: not to be had that way
     """
 
     factory: str | None
+    reads: tuple[str, ...]
     requires: tuple[str, ...]
     rollouts: bool = False
     by_name: str | None = None
 
 
+PROMPTS = ("template", "system", "max_prompt_tokens", "held_out")  # read of [data] by every run that generates
+TASK = ("task", "options")
 SOURCES = {
-    "micro": SourceKind("oapl_engine.data.micro:micro_source", ("task",), by_name="task"),
-    "reasoning_gym": SourceKind("oapl_engine.data.reasoning:reasoning_source", ("task",), by_name="task"),
-    "jsonl": SourceKind("oapl_engine.data.jsonl:jsonl_source", ("path",), rollouts=True, by_name="path"),
-    "parquet": SourceKind(None, ("path",), rollouts=True),
-    "hf": SourceKind("oapl_engine.data.hub:hub_source", ("task",), by_name="task"),
-    "benchmark": SourceKind("oapl_engine.data.benchmarks:benchmark_source", ("task",)),
+    "micro": SourceKind("oapl_engine.data.micro:micro_source", TASK, ("task",), by_name="task"),
+    "reasoning_gym": SourceKind("oapl_engine.data.reasoning:reasoning_source", TASK, ("task",), by_name="task"),
+    "jsonl": SourceKind("oapl_engine.data.jsonl:jsonl_source", ("path",), ("path",), rollouts=True, by_name="path"),
+    "parquet": SourceKind(None, ("path",), ("path",), rollouts=True),
+    "hf": SourceKind("oapl_engine.data.hub:hub_source", TASK, ("task",), by_name="task"),
+    "benchmark": SourceKind("oapl_engine.data.benchmarks:benchmark_source", (*TASK, "path"), ("task",)),
 }
 
 
 def check_source(data: DataConfig, generates: bool) -> None:
-    """Raises ConfigError for an unknown source, or one that lacks a field or does not fit the mode. Reads no data.
+    """Raises ConfigError for an unknown source, or one that lacks a field, does not fit the mode, or would not read a
+    field that is set. Reads no data.
 
     generates: whether the run has an engine, which needs problems; without one it needs finished rollouts
     """
@@ -52,6 +58,8 @@ def check_source(data: DataConfig, generates: bool) -> None:
         raise ConfigError(f'data.source = "{data.source}": mode = "offline" reads rollouts from {named}')
     if generates and kind.factory is None:
         raise ConfigError(f'data.source = "{data.source}" holds finished rollouts: use schedule.mode = "offline"')
+    if data.source in SOURCES:
+        _refuse_unread(data, ("source", *kind.reads, *(PROMPTS if generates else ())), generates)
 
 
 def open_source(data: DataConfig) -> Source:
@@ -75,8 +83,22 @@ def parse_source_task(task: str) -> dict[str, Any] | None:
 
 def _find(source: str) -> SourceKind:
     if ":" in source:
-        return SourceKind(source, ())
+        return SourceKind(source, (), ())
     if source not in SOURCES:
         hint = nearest(source, [*SOURCES, "package.module:factory"])
         raise ConfigError(f'data.source = "{source}" is not a source; {hint}')
     return SOURCES[source]
+
+
+def _refuse_unread(data: DataConfig, read: tuple[str, ...], generates: bool) -> None:
+    for field, default in dataclasses.asdict(DataConfig()).items():
+        value = getattr(data, field)
+        if value == default or field in read:
+            continue
+        mode = "" if generates else ' in mode = "offline"'
+        readers = ", ".join(f'"{name}"' for name, kind in SOURCES.items() if field in kind.reads)
+        others = f"the sources {readers} and those of your own do" if readers else "the modes that generate do"
+        raise ConfigError(
+            f'data.{field} = {value!r}: data.source = "{data.source}" does not read it{mode} ({others}); remove it, or '
+            f"set it to {default!r}"
+        )
