@@ -43,6 +43,6 @@ def hub_source(data: DataConfig) -> Source:
 
 
 def _renamed(row: dict[str, Any], chosen: dict[str, str]) -> dict[str, Any]:
-    """The row with the chosen columns under the names of their fields, which a column of that name does not take over."""
+    """The row with the chosen columns under the names of their fields; another column of such a name is left out."""
     others = {name: value for name, value in row.items() if name not in (*chosen, *chosen.values())}
     return others | {field: row[column] for field, column in chosen.items() if column in row}
