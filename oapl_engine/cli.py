@@ -120,7 +120,7 @@ def _parse_ks(text: str, n: int) -> list[int]:
 
 def _rollouts(arguments: argparse.Namespace, rest: list[str]) -> int:
     _refuse(rest)
-    from oapl_engine.rollout_log.interchange import export_rollouts
+    from oapl_engine.rollout_log.export import export_rollouts
 
     run = Path(arguments.run_dir)
     if not (run / "rollouts").is_dir():

@@ -23,6 +23,10 @@ class Mode(NamedTuple):
 
 
 WITHOUT_ENGINE = (
+    "data.template",
+    "data.system",
+    "data.max_prompt_tokens",
+    "data.held_out",
     "reward",
     "rollout",
     "weights",

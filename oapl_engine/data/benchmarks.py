@@ -1,19 +1,19 @@
 """The evaluation sets of the field by name, from the hub or a local file: their licences do not let us ship them.
 
-A local file (`data.path`) is JSONL with the columns of COLUMNS, one problem per line.
+A local file (`data.path`) is one that data.source = "jsonl" reads too, with the columns of COLUMNS.
 """
 
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from oapl_engine.config import DataConfig
 from oapl_engine.data.hub import hub_source
-from oapl_engine.data.jsonl import finite_source, parsed_lines, problems_of_rows
+from oapl_engine.data.jsonl import finite_source, problem_rows, problems_of_rows
 from oapl_engine.data.problem import Problem, Source
 from oapl_engine.errors import ConfigError, nearest
+from oapl_engine.rows import Row
 
 COLUMNS = "problem (text; question is taken too) and answer (text or number)"
 
@@ -58,8 +58,8 @@ def benchmark_source(data: DataConfig) -> Source:
     return dataclasses.replace(source, name=task, problem=lambda i: _final_answer(source.problem(i)), verifier="math")
 
 
-def _local_rows(path: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    for place, number, row in parsed_lines(Path(path)):
+def _local_rows(path: str) -> Iterator[Row]:
+    for place, number, row in problem_rows(Path(path)):
         question = row.get("question", row.get("problem"))
         if question is None or "answer" not in row:
             raise ConfigError(f"{place}: columns {', '.join(row) or 'none'}; needed are {COLUMNS}")

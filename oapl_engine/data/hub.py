@@ -1,11 +1,14 @@
 """Problems from a data set of the Hugging Face hub (package `datasets`, optional), with the fields of JSONL."""
 
+from typing import Any
+
 from oapl_engine.config import DataConfig
 from oapl_engine.data.jsonl import finite_source, problems_of_rows
 from oapl_engine.data.problem import Source, check_options
 from oapl_engine.errors import ConfigError, nearest
 
 OPTIONS = {"config": None, "split": "train", "revision": None, "question": "question", "answer": "answer"}
+ALTERNATIVES = {"question": {"prompt"}, "answer": {"tests", "reward_model"}}  # what a row may have instead, see jsonl
 
 
 def hub_source(data: DataConfig) -> Source:
@@ -15,7 +18,7 @@ def hub_source(data: DataConfig) -> Source:
     """
     task, options = data.task, data.options
     check_options(options, OPTIONS, 'source = "hf"')
-    settings = OPTIONS | options
+    settings: dict[str, Any] = OPTIONS | options
     try:
         import datasets
     except ImportError as error:
@@ -30,9 +33,16 @@ def hub_source(data: DataConfig) -> Source:
             f'data.task = "{task}": the hub data set cannot be loaded: {error}; check the name and the network, or '
             'use data.source = "jsonl"'
         ) from error
-    rename = {settings["question"]: "question", settings["answer"]: "answer"}
-    for column in rename:
-        if column not in table.column_names:
+    chosen = {field: column for field, column in settings.items() if field in ALTERNATIVES}
+    for field, column in chosen.items():
+        others = ALTERNATIVES[field] if column == field else set()
+        if not {column, *others} & set(table.column_names):
             raise ConfigError(f'data.task = "{task}" has no column "{column}"; {nearest(column, table.column_names)}')
-    rows = ((f"{task}, row {n}", n, {rename.get(k, k): v for k, v in row.items()}) for n, row in enumerate(table))
+    rows = ((f"{task}, row {n}", n, _renamed(row, chosen)) for n, row in enumerate(table))
     return finite_source(task, problems_of_rows(rows, task.replace("/", "-")))
+
+
+def _renamed(row: dict[str, Any], chosen: dict[str, str]) -> dict[str, Any]:
+    """The row with the chosen columns under the names of their fields; another column of such a name is left out."""
+    others = {name: value for name, value in row.items() if name not in (*chosen, *chosen.values())}
+    return others | {field: row[column] for field, column in chosen.items() if column in row}

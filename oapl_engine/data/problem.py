@@ -10,7 +10,14 @@ from oapl_engine.errors import ConfigError, nearest
 
 @dataclass(frozen=True)
 class Problem:
-    """One question. Two problems are the same when their question texts are."""
+    """One question. Two problems are the same when their `text` is.
+
+    id:        unique in its source
+    question:  as text; of a chat, the user's last message
+    record:    what the verifier gets, JSON
+    messages:  the complete chat that the prompt is, each with role and content; empty: the prompt is the question
+    place:     where it was read, for errors ("FILE, line 3"); empty: it was generated
+    """
 
     id: str
     question: str
@@ -20,8 +27,8 @@ class Problem:
 
     @property
     def text(self) -> str:
-        """What tells it from others."""
-        return json.dumps(self.messages, sort_keys=True) if self.messages else self.question
+        """What the model is asked: the question, or the complete chat as JSON."""
+        return json.dumps(self.messages, sort_keys=True, ensure_ascii=False) if self.messages else self.question
 
     @property
     def full_record(self) -> dict[str, Any]:

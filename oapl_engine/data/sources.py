@@ -14,24 +14,28 @@ class SourceKind(NamedTuple):
     """How a source is made and what it needs.
 
     factory:   "module:function" of a `factory(data: DataConfig) -> Source`; None: it holds rollouts only
-    requires:  fields of [data] that must not be empty
+    reads:     fields of GIVEN that it reads
+    requires:  of these the ones that must not be empty
     rollouts:  whether offline mode can read finished rollouts from it
     by_name:   field of [data] that NAME in `--task SOURCE:NAME` stands for; None: not to be had that way
     """
 
     factory: str | None
+    reads: tuple[str, ...]
     requires: tuple[str, ...]
     rollouts: bool = False
     by_name: str | None = None
 
 
+GIVEN = ("task", "path", "options")  # fields of [data] that say what a source holds; the others say how it is asked
+TASK = ("task", "options")
 SOURCES = {
-    "micro": SourceKind("oapl_engine.data.micro:micro_source", ("task",), by_name="task"),
-    "reasoning_gym": SourceKind("oapl_engine.data.reasoning:reasoning_source", ("task",), by_name="task"),
-    "jsonl": SourceKind("oapl_engine.data.jsonl:jsonl_source", ("path",), rollouts=True, by_name="path"),
-    "parquet": SourceKind(None, ("path",), rollouts=True),
-    "hf": SourceKind("oapl_engine.data.hub:hub_source", ("task",), by_name="task"),
-    "benchmark": SourceKind("oapl_engine.data.benchmarks:benchmark_source", ("task",)),
+    "micro": SourceKind("oapl_engine.data.micro:micro_source", TASK, ("task",), by_name="task"),
+    "reasoning_gym": SourceKind("oapl_engine.data.reasoning:reasoning_source", TASK, ("task",), by_name="task"),
+    "jsonl": SourceKind("oapl_engine.data.jsonl:jsonl_source", ("path",), ("path",), rollouts=True, by_name="path"),
+    "parquet": SourceKind(None, ("path",), ("path",), rollouts=True),
+    "hf": SourceKind("oapl_engine.data.hub:hub_source", TASK, ("task",), by_name="task"),
+    "benchmark": SourceKind("oapl_engine.data.benchmarks:benchmark_source", (*TASK, "path"), ("task",)),
 }
 
 
@@ -52,6 +56,12 @@ def check_source(data: DataConfig, generates: bool) -> None:
         raise ConfigError(f'data.source = "{data.source}": mode = "offline" reads rollouts from {named}')
     if generates and kind.factory is None:
         raise ConfigError(f'data.source = "{data.source}" holds finished rollouts: use schedule.mode = "offline"')
+
+
+def unread_data_fields(source: str) -> tuple[str, ...]:
+    """Fields of the recipe that a source would be given by and does not read; one of the user's own reads all."""
+    kind = _find(source)
+    return tuple(f"data.{field}" for field in GIVEN if source in SOURCES and field not in kind.reads)
 
 
 def open_source(data: DataConfig) -> Source:
@@ -75,7 +85,7 @@ def parse_source_task(task: str) -> dict[str, Any] | None:
 
 def _find(source: str) -> SourceKind:
     if ":" in source:
-        return SourceKind(source, ())
+        return SourceKind(source, (), ())
     if source not in SOURCES:
         hint = nearest(source, [*SOURCES, "package.module:factory"])
         raise ConfigError(f'data.source = "{source}" is not a source; {hint}')

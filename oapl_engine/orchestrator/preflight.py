@@ -6,7 +6,7 @@ from pathlib import Path
 
 from oapl_engine.config import Recipe, check_unread
 from oapl_engine.data.problem import Source
-from oapl_engine.data.sources import check_source, open_source
+from oapl_engine.data.sources import check_source, open_source, unread_data_fields
 from oapl_engine.errors import ConfigError
 from oapl_engine.rewards.verdict import check_verifier
 from oapl_engine.rollout.scorer import check_reward, reward_of
@@ -36,6 +36,7 @@ def check_names(recipe: Recipe, overrides: Sequence[str] = ()) -> None:
     ones do not read. Reads no data."""
     generates = recipe.schedule.traits.generates
     check_source(recipe.data, generates)
+    check_unread(recipe, "data.source", unread_data_fields(recipe.data.source), overrides)
     objective = make_objective(recipe.objective, recipe.objective.beta2)
     check_unread(recipe, "schedule.mode", recipe.schedule.traits.unread, overrides)
     check_unread(recipe, "objective.name", unread_fields(recipe.objective, objective), overrides)

@@ -83,7 +83,7 @@ def test_readme_own_data_and_reward(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     words = OWN_RUN.replace("problems.jsonl", str(tmp_path / "problems.jsonl")).split()
     recipe = load_recipe(ROOT / words[2], words[3:])
-    check_names(recipe)
+    check_names(recipe, words[3:])
     task = load_task(recipe.data, 0, micro_tokenizer())
     assert len(task.held_out) == recipe.data.held_out
     assert task.prompt(0).record.keys() == {"question", "answer"}

@@ -30,7 +30,7 @@ def main(model, rollouts, out, groups="8", *switches):
     policy = load_policy(config.ModelConfig(path=model), train)
     start = {name: p.detach().clone() for name, p in policy.trainable().items()}
     section = config.ObjectiveConfig(beta1=float("inf"), beta2=0.1)
-    file = read_rollouts(rollouts, Limits(32, 8, (), 1), policy.tokenizer).groups
+    file = read_rollouts(rollouts, Limits(32, 8, (2,), 1), policy.tokenizer).groups
     file = [g for g in file if len({r.reward for r in g.scored()}) > 1]  # each trains something
     # A rank holds every world-th group in its own log, as the learner of that rank would.
     own = [g for i, g in enumerate(file) if i % ranks.world == ranks.rank]
