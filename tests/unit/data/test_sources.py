@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 FILE = {"source": "jsonl", "path": "x.jsonl"}
 UNREAD = {
     "task of a file": (FILE | {"task": "gsm8k"}, True, 'data.task = .*"jsonl" does not read it .*"benchmark"'),
-    "options of a file": (FILE | {"options": {"n": 3}}, True, 'data.options = .* does not read it .*"hf".*set it to {}'),
+    "options of a file": (FILE | {"options": {"n": 3}}, True, 'data.options = .* does not read .*"hf".*set it to {}'),
     "file of micro": ({"source": "micro", "task": "sort", "path": "x"}, True, 'data.path = .*"micro" .*"jsonl"'),
     "file of the hub": ({"source": "hf", "task": "a/b", "path": "x"}, True, 'data.path = .*"hf" does not read it'),
     "template": (FILE | {"template": "raw"}, False, 'data.template = .raw.: .* in mode = "offline" .the modes that'),
