@@ -175,7 +175,7 @@ def test_bad_input_is_refused_and_nothing_is_written_over(refused, oapl, argumen
     refused(["needs 800 groups", "48", "max_uses"], *arguments(schedule__steps=100))
     rows = micro_rollouts.read_text().splitlines()
     for name, change, words in (
-        ("nan", {"reward": float("nan")}, "reward"),
+        ("nan", {"reward": float("nan")}, "NaN"),
         ("positive", {"behavior_logprobs": [0.5] * 7}, "behavior_logprobs"),
         ("range", {"response_token_ids": [99] * 7}, "99"),
     ):

@@ -1,5 +1,6 @@
 """Benchmarks by name from local files; the hub's failure says what a local file must look like."""
 
+import gzip
 import json
 
 import pytest
@@ -32,6 +33,14 @@ def test_the_final_answer_of_gsm8k(tmp_path):
     rows = [{"question": "How much?", "answer": "9*8*15 = <<9*8*15=1080>>1,080\n#### 1,080"}]
     source = benchmark_source(DataConfig(task="gsm8k", path=write(tmp_path / "x.jsonl", *rows), options={}))
     assert source.problem(0).record["answer"] == "1080"
+
+
+def test_a_file_of_a_data_frame_is_read_too(tmp_path):
+    """Zipped, one array, answers as floats; the verifier gets whole numbers."""
+    path = tmp_path / "x.json.gz"
+    path.write_bytes(gzip.compress(json.dumps([{"problem": "1 + 1?", "answer": 2.0, "year": 2025.0}]).encode()))
+    problem = benchmark_source(DataConfig(task="aime25", path=str(path), options={})).problem(0)
+    assert (problem.record, problem.place) == ({"answer": "2", "year": 2025.0}, f"{path}, line 1")
 
 
 def test_bad_files_and_names(tmp_path):
