@@ -56,7 +56,7 @@ def check_has_template(tokenizer: Any) -> None:
     """Raises ConfigError where the tokenizer cannot render a chat."""
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
-            'data.template = "chat": the tokenizer has no chat template; write data.template = "raw", or a text with '
+            'the tokenizer has no chat template: write data.template = "raw", or a text with '
             "{question} in it, or use a model that was trained to chat"
         )
 

@@ -14,7 +14,8 @@ def export_rollouts(run_dir: Path) -> Iterator[dict[str, Any]]:
 
     Example: `json.dumps(next(export_rollouts(Path("runs/micro"))))` is a line that read_rollouts reads back.
     """
-    uses = Journal.reading(run_dir / "journal.sqlite").uses()
+    journal = run_dir / "journal.sqlite"
+    uses = Journal.reading(journal).uses() if journal.exists() else {}
     for path in sorted((run_dir / "rollouts").glob("rank*.sqlite")):
         for rollout in RolloutLog.reading(path).rollouts():
             yield _exported(rollout, uses.get(rollout.key, []))

@@ -1,55 +1,48 @@
-"""SOURCES: what a source reads of [data]. What it does not read must not be set."""
+"""SOURCES: what a source reads of [data]. What it does not read must not be set (orchestrator/preflight.py)."""
 
 import pytest
 
 from oapl_engine.config import DataConfig, load_recipe
-from oapl_engine.data.sources import SOURCES, check_source, open_source
+from oapl_engine.data.sources import GIVEN, SOURCES, unread_data_fields
 from oapl_engine.errors import ConfigError
+from oapl_engine.orchestrator.preflight import check_names
 from tests.conftest import ROOT
 
-FILE = {"source": "jsonl", "path": "x.jsonl"}
-UNREAD = {
-    "task of a file": (FILE | {"task": "gsm8k"}, True, 'data.task = .*"jsonl" does not read it .*"benchmark"'),
-    "options of a file": (FILE | {"options": {"n": 3}}, True, 'data.options = .* does not read .*"hf".*set it to {}'),
-    "file of micro": ({"source": "micro", "task": "sort", "path": "x"}, True, 'data.path = .*"micro" .*"jsonl"'),
-    "file of the hub": ({"source": "hf", "task": "a/b", "path": "x"}, True, 'data.path = .*"hf" does not read it'),
-    "template": (FILE | {"template": "raw"}, False, 'data.template = .raw.: .* in mode = "offline" .the modes that'),
-    "system": (FILE | {"system": "x"}, False, "data.system = .*offline"),
-    "held_out": (FILE | {"held_out": 3}, False, "data.held_out = 3.*set it to 64"),
-    "long prompts": ({"source": "parquet", "path": "x", "max_prompt_tokens": 9}, False, "data.max_prompt_tokens = 9"),
-}
-
-
-@pytest.mark.parametrize("case", UNREAD)
-def test_a_field_that_is_not_read_is_refused(case):
-    fields, generates, message = UNREAD[case]
-    with pytest.raises(ConfigError, match=message):
-        check_source(DataConfig(**fields), generates)
-
-
-PROMPTS = {"template": "raw", "held_out": 3, "max_prompt_tokens": 9}
+FILE = ["--data.source", "jsonl", "--data.path", "x.jsonl"]
 
 
 @pytest.mark.parametrize(
-    ("fields", "generates"),
+    ("source", "unread"),
     [
-        (FILE | PROMPTS, True),
-        (FILE, False),
-        ({"source": "micro", "task": "sort", "options": {"digits": 3}} | PROMPTS, True),
-        ({"source": "benchmark", "task": "gsm8k", "path": "x", "system": "Count."}, True),
-        ({"source": "json:loads", "task": "x", "path": "y", "options": {"z": 1}} | PROMPTS, True),
+        ("jsonl", {"data.task", "data.options"}),
+        ("micro", {"data.path"}),
+        ("hf", {"data.path"}),
+        ("benchmark", set()),
+        ("package.module:factory", set()),
     ],
 )
-def test_a_field_that_is_read_may_be_set(fields, generates):
-    """A source of one's own reads what it likes."""
-    check_source(DataConfig(**fields), generates)
+def test_what_a_source_does_not_read(source, unread):
+    assert set(unread_data_fields(source)) == unread
 
 
-def test_opening_a_source_checks_it(tmp_path):
-    (tmp_path / "x.jsonl").write_text('{"question": "a", "answer": 1}\n')
-    data = DataConfig(source="jsonl", path=str(tmp_path / "x.jsonl"), options={"size": 3})
-    with pytest.raises(ConfigError, match=r"data\.options"):
-        open_source(data)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*FILE, "--data.task", "gsm8k"], r"data\.task = 'gsm8k' has no effect with data\.source = \"jsonl\""),
+        (["--data.path", "x.jsonl"], r"data\.path = 'x\.jsonl' has no effect with data\.source = \"micro\""),
+        (["--schedule.mode", "offline", *FILE, "--data.held_out", "3"], r"data\.held_out = 3 .*mode = \"offline\""),
+    ],
+)
+def test_a_field_that_is_not_read_is_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        check_names(load_recipe(ROOT / "recipes" / "micro.toml", words), words)
+
+
+def test_what_the_file_wrote_for_another_source_is_passed_over():
+    """micro.toml has a task and options for its own source."""
+    check_names(load_recipe(ROOT / "recipes" / "micro.toml", FILE), FILE)
+    with pytest.raises(ConfigError, match=r"data\.task = 'sort' has no effect"):
+        check_names(load_recipe(ROOT / "recipes" / "micro.toml", FILE))
 
 
 RECIPES = [path for path in sorted((ROOT / "recipes").glob("*.toml")) if "sft" not in path.stem]
@@ -57,12 +50,11 @@ RECIPES = [path for path in sorted((ROOT / "recipes").glob("*.toml")) if "sft" n
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
 def test_recipes_set_nothing_that_is_not_read(path):
-    recipe = load_recipe(path)
-    check_source(recipe.data, recipe.schedule.traits.generates)
+    check_names(load_recipe(path))
 
 
 def test_each_source_reads_fields_that_exist():
     fields = set(DataConfig.__dataclass_fields__)
     for name, kind in SOURCES.items():
-        assert set(kind.requires) <= set(kind.reads) <= fields, name
+        assert set(kind.requires) <= set(kind.reads) <= set(GIVEN) <= fields, name
         assert kind.by_name in (None, *kind.reads), name

@@ -166,7 +166,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_rows(case, tmp_path):
     fields, message = BAD[case]
-    path = write(tmp_path / "r.jsonl", [row(0), row(1, **fields)])
+    path = write(tmp_path / "r.jsonl", [row(0), row(1) | fields])
     fails(path, f"r.jsonl, line 2: {message}")
 
 
