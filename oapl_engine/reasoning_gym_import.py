@@ -1,4 +1,4 @@
-"""reasoning_gym's data sets, mended: pycosat may be missing, responses are not executed, problems are the same anywhere.
+"""reasoning_gym's data sets, mended: no pycosat needed, no response executed, the same problems in every process.
 
 reasoning_gym imports pycosat at module level, which has no wheel and is needed for zebra puzzles only. Some scorers
 call eval, or sympy's parse_expr, which calls it, on the text of a response. Some data sets choose from a set of texts,
@@ -25,7 +25,10 @@ PARSE_EXPR = {
     "games.countdown": None,
     "games.puzzle24": None,
 }
-FUNCTIONS = "Integral sin cos tan sec csc cot asin acos atan sinh cosh tanh asinh acosh atanh exp log sqrt".split()
+FUNCTIONS = (
+    *("sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan"),
+    *("sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "exp", "log", "sqrt", "Integral"),
+)
 OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.UAdd, ast.USub)
 MAX_CHARACTERS, MAX_EXPONENT = 2000, 100
 
@@ -149,7 +152,7 @@ def _check_power(*parts: ast.AST) -> None:
     constant = not any(isinstance(node, ast.Name) for node in nodes)
     if constant and any(isinstance(node, ast.Pow) for node in nodes):
         raise ValueError("a power of a power")
-    numbers = [node.value for node in ast.walk(parts[-1]) if isinstance(node, ast.Constant)]
+    numbers: list[Any] = [node.value for node in ast.walk(parts[-1]) if isinstance(node, ast.Constant)]
     if (constant or len(parts) > 1) and math.prod(max(1, abs(n)) for n in numbers) > MAX_EXPONENT:
         raise ValueError(f"an exponent over {MAX_EXPONENT}")
 

@@ -27,7 +27,7 @@ from oapl_engine.rewards.math_value import equal
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
-MAX_CHARACTERS, MAX_DEPTH, MAX_DIGITS = 1000, 6, 1000  # the parser's time grows exponentially with depth
+MAX_CHARACTERS, MAX_DEPTH, MAX_DIGITS = 500, 6, 400  # the parser's time grows exponentially with depth
 LATEX = math_verify.LatexExtractionConfig(
     boxed_match_priority=-1,
     normalization_config=NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="none"),
@@ -35,10 +35,13 @@ LATEX = math_verify.LatexExtractionConfig(
 NUMBER = re.compile(r"([+-]?) *(\d*\.?\d+|\d+\.)")
 FRACTION = re.compile(r"([+-]?) *(?:\\frac *\{ *(\d+) *\} *\{ *(\d+) *\}|(\d+) */ *(\d+))")
 TOO_LARGE = re.compile(rf"\d{{{MAX_DIGITS}}}|(?:binom|choose).*\d{{5}}|\d{{5}}.*choose")
+TANGLED = re.compile(r"(?:[\^_][^{}\s^_]{0,4}){4}[\^_]|(?:\|[^|]*){11}|(?:,[^,]*){51}")  # slow like deep brackets
 NOT_READ = re.compile(r"\d *_|[\d.] *\\overline")  # math-verify leaves them out
 CHOICE = re.compile(r"\(?([A-J])\)?")
 CHOSEN = re.compile(r"(?:\\text *\{)? *\(? *([A-J]) *(?:$|\}|\)|[.:]\s)(?! *[-+*/^=<>]| *\\text *\{ *or)")
-WORDS = re.compile(r"(?:\\text *\{[^{}]*[A-Za-z][^{}]*\}|[\s,'-])+|[A-Za-z][A-Za-z\s,'-]{3,}|(?i:yes|no|odd|all|dne)")
+WORDS = re.compile(
+    r"(?:\\text *\{[^{}]*[A-Za-z][^{}]*\}|[\s,'-])+|[A-Za-z][A-Za-z\s,'-]{3,}|(?i:yes|no|odd|all|dne)|[A-Z]{2,}"
+)
 DATE = re.compile(r"\d{1,4}([/-])\d{1,2}\1\d{1,4}")
 
 
@@ -76,7 +79,7 @@ def score(response: str, record: dict[str, Any], options: dict[str, Any]) -> tup
 @functools.lru_cache(maxsize=1024)
 def _gold(answer: str) -> tuple[Parts, Any]:
     """Parts and expression of a record's answer; None for words, times and dates. Raises ValueError."""
-    parts = split_parts(final_answer(answer) if "\\boxed" in answer else answer)
+    parts = split_parts(_check_length(final_answer(answer) if "\\boxed" in answer else answer))
     if not _letters(parts.value):
         raise ValueError("nothing is left without units and punctuation")
     if any(pattern.fullmatch(parts.value) for pattern in (WORDS, TIME, DATE)):
@@ -87,7 +90,7 @@ def _gold(answer: str) -> tuple[Parts, Any]:
 def _matches(gold: str, answer: str) -> bool:
     """Raises ValueError where the answer cannot be read."""
     ours, right = _gold(gold)
-    theirs = split_parts(answer, letters=bool(ours.unit))
+    theirs = split_parts(_check_length(answer), letters=bool(ours.unit))
     if choice := CHOICE.fullmatch(_letters(ours.value)):
         chosen = CHOSEN.match(theirs.value)
         return bool(chosen and chosen[1] == choice[1])
@@ -105,7 +108,7 @@ def _matches(gold: str, answer: str) -> bool:
 
 def _parse(text: str) -> Any:
     """The sympy expression. Raises ValueError."""
-    if len(text) > MAX_CHARACTERS or TOO_LARGE.search(text):
+    if TOO_LARGE.search(text) or TANGLED.search(text):
         raise ValueError(f"too large to be read: {text:.100}")
     if number := NUMBER.fullmatch(text):
         return sympy.Float(text, 15) if "." in text else sympy.Integer(f"{number[1]}{number[2]}")
@@ -121,6 +124,12 @@ def _parse(text: str) -> Any:
     if not found:
         raise ValueError(f"not a mathematical expression: {text:.100}")
     return found[0]
+
+
+def _check_length(text: str) -> str:
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"{len(text)} characters, limit {MAX_CHARACTERS}: {text:.100}")
+    return text
 
 
 def _check_brackets(text: str) -> None:

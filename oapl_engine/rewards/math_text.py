@@ -11,25 +11,30 @@ BETWEEN_BOXES = re.compile(r"[\s$,;.]*(?:and|or)?[\s$]*")
 GSM8K = re.compile(r"#### *([^\n]+)")
 SAID = re.compile(r"(?i:\b(?:answer|result)(?: to \w+ \w+)?\s*(?:is|are|:|=)[\s:=]*)")
 ASIDE = re.compile(r"\.(?=\s|$)|\n|,?\s+(?:since|because|which|so|as|where|when|but|not|if)\b|,\s+(?=[a-z]{4})")
-MATH = re.compile(r"(?<!\\)\$\$(.+?)\$\$|(?<![\\$])\$(?=\S)([^$]+?)(?<=\S)(?<!\\)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
+MATH = re.compile(
+    r"(?<!\\)\$\$(.+?)\$\$|(?<![\\$])\$(?=\S)([^$]+?)(?<=\S)(?<!\\)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S
+)
 WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 MAX_SHORT = 200
 MAX_TAIL = 5000  # characters of a response without a box in which the answer is looked for
-IN_EXPRESSIONS = "and or in pi sqrt sin cos tan log ln exp base text frac".split()
+IN_EXPRESSIONS = ("and", "or", "in", "pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "base", "text", "frac")
 TIME = re.compile(r"(?:\\text *\{)?(\d{1,2}:\d\d)\s*(?:\\text *\{)?\s*(?:([AaPp])\.?\s*[Mm]\.?)?\}*")
 
 UNICODE = {
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
-    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "±": r"\pm ", "∈": r"\in ", "∅": r"\emptyset ",
+    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "±": r"\pm ", "∈": r"\in ",
+    "∅": r"\emptyset ",
     "°": r"^\circ ", "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}",
     "¾": r"\frac{3}{4}", "²": "^{2}", "³": "^{3}", "θ": r"\theta ", "…": r"\ldots ", "’": "'", "\u00a0": " ",
 }  # fmt: skip
 REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
+        (r"^\s*[a-zA-Z]\^\{-1\} *\(\w\) *=", ""),
         (r"√\s*(\d+|\w)", r"\\sqrt{\1}"),
         (r"√", r"\\sqrt"),
-        (r"\*\*|\\(?:left|right)(?![a-zA-Z])|\\displaystyle|(?<!\\)\\[!,;:>]|\\quad|\\limits|(?<=\d)\{,\}(?=\d)", ""),
+        (r"\*\*|\\(?:left|right)(?![a-zA-Z])|\\displaystyle|\\quad|\\limits", ""),
+        (r"(?<!\\)\\(?:! *|[,;:>])|(?<=\d)\{,\}(?=\d)", ""),
         (r"(?<!\\)\\ |~", " "),
         (r"\\text *\{ *(?:in )?base *\} *", "base "),
         (r"\\(?:mbox|textbf|textit|textrm|mathrm|mathbf|mathit|textnormal|operatorname)(?=\s*\{)", r"\\text"),
@@ -45,11 +50,29 @@ REWRITES = [
         (r"(?<![\d.])(\d*)\.(\d*?)((\d\d+)\4+)\\ldots", lambda m: _repeating(m[1], m[2], m[4])),
     )
 ]
-CURRENCIES = {r"\$": "dollar", "$": "dollar", "US$": "dollar", "€": "euro", "£": "pound", r"\pounds": "pound", "¥": "yen"}
+CURRENCIES = {
+    r"\$": "dollar",
+    "$": "dollar",
+    "US$": "dollar",
+    "€": "euro",
+    "£": "pound",
+    r"\pounds": "pound",
+    "¥": "yen",
+}
 CURRENCY = re.compile(r"(?:US)?\\?\$|[€£¥]|\\pounds\s*")
 PERCENT = re.compile(r"\s*(?:\\?%|\\text\s*\{\s*(?:\\?%|percent)\s*\}|percent)\s*$")
 BASE = re.compile(r"_\s*\{?\s*(?:\\text\s*\{)?\s*(\d+|[a-z]{3,})\s*\}*$|\s*\(?(?:in )?base[ -](\d+|[a-z]+)\)?$")
-BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+BASES = {
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+    "ten": "10",
+}
 TEXT_UNIT = re.compile(r"(?<=[\d})\]i])\s*\\text\s*\{([^{}]*)\}(?:\s*\^\s*\{?([23])\}?)?$")
 WORD_UNIT = re.compile(r"(?<=[\d})\]i])(\s*)(?<![A-Za-z\\])([A-Za-z][A-Za-z. /]*?)(?:\s*\^\s*\{?([23])\}?)?$")
 DEGREE = re.compile(r"\s*\^\s*\{?\s*\\circ\s*\}?\s*([CF]?)$")
@@ -76,8 +99,8 @@ class Parts:
 
 
 def final_answer(response: str) -> str:
-    r"""What is in the last \boxed or \fbox, else after the last "####", else after the last "answer is", else all of it;
-    of the latter three the last $…$, else a short text as a whole, else the last number. "" where there is none.
+    r"""What is in the last \boxed or \fbox, else after the last "####", else after the last "answer is", else all of
+    it; of the latter three the last $…$, else a short text as a whole, else the last number. "" where there is none.
 
     Boxes with nothing but "and" between them are one answer. A box that is not closed is none: the response was cut.
     """

@@ -1,11 +1,12 @@
 """Whether two sympy expressions are equal: exactly where they are rational, at any magnitude, in bounded time.
 
 sympy simplifies and evaluates nothing here. Rational numbers are compared as fractions. All else is evaluated by mpmath
-with 60 and with 120 digits, at a few points where there are variables: the difference of the two is the rounding error
+with 120 and with 240 digits, at a few points where there are variables: the difference of the two is the rounding error
 within which values count as equal. Numbers too large to compute are equal only if written alike.
 """
 
 import math
+import random
 from fractions import Fraction
 from typing import Any
 
@@ -18,14 +19,21 @@ MAX_BITS = 1 << 19  # of a number that is computed: 2006! has 19,000, 100000! ha
 MAX_EXPONENT = 10**6
 MAX_ITEMS = 50
 MIN_PLACES = 6
-DIGITS = (60, 120)
-POINTS = (Fraction(7, 5), Fraction(3, 11), Fraction(-9, 4), Fraction(13, 17))
-TOLERANCE = mpmath.mpf(10) ** -40
+DIGITS = (120, 240)
+POINTS = ((1, 300), (1, 299), (-300, -1), (-300, 300))  # a variable is a multiple of 1/97 within these
+TOLERANCE = mpmath.mpf(10) ** -60
 CONSTANTS = {sympy.pi: mpmath.pi, sympy.E: mpmath.e, sympy.I: 1j, sympy.GoldenRatio: mpmath.phi}
 FUNCTIONS = {
     getattr(sympy, name): getattr(mpmath, name)
-    for name in "sin cos tan sec csc cot asin acos atan sinh cosh tanh exp log floor binomial".split()
-} | {sympy.Abs: abs, sympy.ceiling: mpmath.ceil}
+    for name in ("sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh")
+} | {
+    sympy.exp: mpmath.exp,
+    sympy.log: mpmath.log,
+    sympy.Abs: abs,
+    sympy.floor: mpmath.floor,
+    sympy.ceiling: mpmath.ceil,
+    sympy.binomial: mpmath.binomial,
+}
 RATIONAL_OPERATIONS = (sympy.Add, sympy.Mul, sympy.Pow, sympy.factorial, sympy.UnevaluatedExpr)
 MIRRORED = {sympy.Gt: sympy.Lt, sympy.Ge: sympy.Le}
 
@@ -141,10 +149,12 @@ def _equal_relations(gold: Any, found: Any) -> bool:
         if _agree(a, b) != _agree(c, d):
             return False
         if not _agree(a, b):
-            ratios.append((c[1] - d[1]) / (a[1] - b[1]))
+            with mpmath.workdps(DIGITS[1]):
+                ratios.append((c[1] - d[1]) / (a[1] - b[1]))
     if kinds[0] not in (sympy.Eq, sympy.Ne) and any(mpmath.re(ratio) <= 0 for ratio in ratios):
         return False
-    return len(ratios) > 1 and all(abs(ratio / ratios[0] - 1) < TOLERANCE for ratio in ratios)
+    with mpmath.workdps(DIGITS[1]):
+        return len(ratios) > 1 and all(abs(ratio - ratios[0]) < TOLERANCE * abs(ratios[0]) for ratio in ratios)
 
 
 def _equal_expressions(gold: Any, found: Any) -> bool:
@@ -181,7 +191,7 @@ def _samples(*exprs: Any) -> list[list[tuple[Any, Any]]]:
     names = sorted({str(symbol) for expr in exprs for symbol in expr.atoms(sympy.Symbol, AppliedUndef)} - {"i"})
     samples = []
     for point in POINTS if names else POINTS[:1]:
-        values = {name: point + n * Fraction(5, 7) for n, name in enumerate(names)}
+        values = {name: Fraction(random.Random(f"{name}/{point}").randint(*point), 97) for name in names}
         try:
             samples.append([_sample(expr, values) for expr in exprs])
         except ZeroDivisionError:
@@ -196,13 +206,16 @@ def _sample(expr: Any, values: dict[str, Fraction]) -> tuple[Any, Any]:
     for digits in DIGITS:
         with mpmath.workdps(digits):
             results.append(_evaluate(expr, values))
-    return results[0], results[1]
+    low, high = results
+    if abs(low - high) > TOLERANCE * max(1, abs(high)):
+        raise ZeroDivisionError("a pole")  # tan(π/2) is as large as the rounding error of π/2 lets it be
+    return low, high
 
 
 def _agree(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
     with mpmath.workdps(DIGITS[1]):
         error = sum(abs(low - high) for low, high in (one, other))
-        return bool(abs(one[1] - other[1]) <= error + max(abs(one[1]), abs(other[1])) * mpmath.mpf(10) ** -100)
+        return bool(abs(one[1] - other[1]) <= error + max(abs(one[1]), abs(other[1])) * mpmath.mpf(10) ** -200)
 
 
 def _evaluate(expr: Any, values: dict[str, Fraction]) -> Any:
@@ -223,7 +236,7 @@ def _evaluate(expr: Any, values: dict[str, Fraction]) -> Any:
     if any(abs(arg) > MAX_EXPONENT for arg in (args[1:] if isinstance(expr, sympy.Pow) else args)):
         raise TooLargeError
     if isinstance(expr, sympy.Pow):
-        return _root_or_power(*args, expr.exp)
+        return _root_or_power(args[0], args[1], expr.exp)
     if isinstance(expr, sympy.factorial):
         return mpmath.factorial(args[0])
     if type(expr) not in FUNCTIONS:
@@ -237,7 +250,13 @@ def _ratio(value: Fraction) -> Any:
 
 def _root_or_power(base: Any, exponent: Any, written: Any) -> Any:
     """An odd root of a negative number is the real one."""
-    if isinstance(written, sympy.Rational) and written.q % 2 and written.q > 1 and mpmath.im(base) == 0 and base.real < 0:
+    if (
+        isinstance(written, sympy.Rational)
+        and written.q % 2
+        and written.q > 1
+        and mpmath.im(base) == 0
+        and base.real < 0
+    ):
         return (-1) ** (written.p % 2) * (-base.real) ** exponent
     return base**exponent
 
@@ -250,8 +269,8 @@ def _fraction(expr: Any) -> Fraction | None:
         return Fraction(repr(float(expr)))  # the shortest decimal that is this float is the one that was written
     if not isinstance(expr, RATIONAL_OPERATIONS):
         return None
-    values = [_fraction(arg) for arg in expr.args]
-    if any(value is None for value in values):
+    values = [value for arg in expr.args if (value := _fraction(arg)) is not None]
+    if len(values) < len(expr.args):
         return None
     result: Fraction | None
     if isinstance(expr, sympy.Add):
@@ -259,9 +278,9 @@ def _fraction(expr: Any) -> Fraction | None:
     elif isinstance(expr, sympy.Mul):
         result = math.prod(values, start=Fraction(1))
     elif isinstance(expr, sympy.Pow):
-        result = _power(*values)
+        result = _power(values[0], values[1])
     elif isinstance(expr, sympy.factorial):
-        result = _factorial(*values)
+        result = _factorial(values[0])
     else:
         (result,) = values
     if result is not None and max(result.numerator.bit_length(), result.denominator.bit_length()) > MAX_BITS:

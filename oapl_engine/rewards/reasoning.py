@@ -1,7 +1,8 @@
 """Reward of reasoning-gym's own scorer for the data set that made the problem, in [0, 1]; partial credit is its own.
 
 A scorer that raises on a response gives 0, with the reason; one that raises on the record's own answer too is an error.
-No scorer executes a response (see reasoning_gym_import). Where a scorer gives nonsense full reward, MENDED refuses it.
+No scorer executes a response (see reasoning_gym_import). Where a scorer rewards nonsense in full, or hangs on it,
+MENDED refuses it.
 
 The record: {"dataset": name, "config": the data set's options, "entry": from `encode_entry`}.
 """
@@ -9,6 +10,7 @@ The record: {"dataset": name, "config": the data set's options, "entry": from `e
 import contextlib
 import functools
 import json
+import re
 from fractions import Fraction
 from typing import Any
 
@@ -16,6 +18,8 @@ from oapl_engine.reasoning_gym_import import create_data_set, decode_entry
 from oapl_engine.rewards.exact import check_options, extract_answer
 
 __all__ = ["check_options", "score"]
+
+MAX_MOVES = 5000  # characters of them
 
 
 def score(response: str, record: dict[str, Any], options: dict[str, Any]) -> tuple[float, dict[str, Any]]:
@@ -44,9 +48,9 @@ def _same_word(answer: str, right: str) -> bool:
 
 
 def _same_probability(answer: str, right: str) -> bool:
-    """The scorer gives "0" all of the credit for a common beginning with "0.375"."""
+    """The scorer gives "0" all of the credit for a common beginning with "0.375", and for being near 0.00003."""
     with contextlib.suppress(ValueError, ZeroDivisionError):
-        return abs(Fraction(answer.replace(",", "")) - Fraction(right)) <= Fraction(1, 10**4)
+        return abs(Fraction(answer.replace(",", "")) / Fraction(right) - 1) <= Fraction(1, 10**3)
     return False
 
 
@@ -60,9 +64,15 @@ def _says_nothing_for_none(answer: str, right: str) -> bool:
     return bool(right) or not answer.strip("\"'")
 
 
+def _few_moves(answer: str, right: str) -> bool:
+    """The scorer turns the cube as often as the number after a move says."""
+    return not re.search(r"\d{3}", answer) and len(answer) < MAX_MOVES
+
+
 MENDED = {
     "coin_flip": _same_probability,
     "complex_arithmetic": _is_number,
     "game_of_life_halting": _same_word,
     "polynomial_equations": _says_nothing_for_none,
+    "rubiks_cube": _few_moves,
 }
