@@ -1,13 +1,18 @@
 """Problems of reasoning-gym by name, generated when asked for."""
 
+import contextlib
 import dataclasses
 import json
+import random
+from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 from oapl_engine.config import DataConfig
 from oapl_engine.data.problem import Problem, Source, check_options
 from oapl_engine.errors import ConfigError, nearest
-from oapl_engine.reasoning_gym_import import provide_pycosat
+from oapl_engine.reasoning_gym_import import create_data_set, encode_entry, reasoning_gym_registry
 
 SIZE = 2**16  # problems per epoch, unless data.options.size says otherwise
 
@@ -22,14 +27,16 @@ def reasoning_source(data: DataConfig) -> Source:
     task = data.task
     settings = {"seed": 0, "size": SIZE} | data.options
     field = settings.pop("question", "question")
+    settings = json.loads(json.dumps(settings, default=str))
     dataset = _create(task, settings)
 
     def problem(index: int) -> Problem:
         try:
-            entry = dataset[index]
+            with _global_random(index):
+                entry = dataset[index]
         except IndexError as error:
             raise ConfigError(f"{task} has no problem {index}: raise data.options.size = {settings['size']}") from error
-        record = {"dataset": task, "entry": json.loads(json.dumps(entry, default=str))}  # no tuples, no dates
+        record = {"dataset": task, "config": settings, "entry": encode_entry(entry)}
         return Problem(f"{task}-{index}", _question(task, field, entry), record)
 
     problem(0)
@@ -45,17 +52,28 @@ def _question(task: str, field: str, entry: dict[str, Any]) -> str:
 
 
 def _create(task: str, settings: dict[str, Any]) -> Any:
-    provide_pycosat()
-    from reasoning_gym.factory import DATASETS
-
-    if task not in DATASETS:
-        raise ConfigError(f'data.task = "{task}" is not a reasoning-gym data set; {nearest(task, DATASETS)}')
+    registry = reasoning_gym_registry()
+    if task not in registry:
+        raise ConfigError(f'data.task = "{task}" is not a reasoning-gym data set; {nearest(task, registry)}')
     if type(settings["size"]) is not int or settings["size"] < 1:
         raise ConfigError(f"data.options.size = {settings['size']!r}: problems per epoch, a whole number from 1")
-    make, config = DATASETS[task]
+    _, config = registry[task]
     check_options(settings, [*(f.name for f in dataclasses.fields(config)), "question"], task)
     try:
-        return make(config=config(**settings))
+        return create_data_set(task, settings)
     except (AssertionError, ValueError, TypeError) as error:  # what the data sets raise on a bad config
         reason = str(error) or type(error).__name__
         raise ConfigError(f"data.options = {settings}: {task} refuses them: {reason}") from error
+
+
+@contextlib.contextmanager
+def _global_random(index: int) -> Iterator[None]:
+    """Some data sets draw from Python's and numpy's global generators: a problem is a function of its number alone."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(index)
+    np.random.seed(index % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])

@@ -2,9 +2,10 @@
 
 A new verifier is a module and a line in VERIFIERS. The module has `score(response, record, options)`, which returns a
 reward, or (reward, detail), and raises where the *record* is unusable; a wrong answer is a reward, 0. It may have
-`check_options(options)`, which raises ConfigError. A verifier from elsewhere needs no line: reward.name =
-"package.module:function" names its score function, and the same rules apply to its module. The module is imported in
-the trainer's process too, to check name and options before anything starts; it is called in verifier processes only.
+`check_options(options)` and `check_record(record, options)`, which raise ConfigError. A verifier from elsewhere needs
+no line: reward.name = "package.module:function" names its score function, and the same rules apply to its module. The
+module is imported in the trainer's process too, to check name, options and records before anything starts; `score` is
+called in verifier processes only.
 """
 
 import functools
@@ -79,10 +80,22 @@ def check_verifier(name: str, options: dict[str, Any]) -> None:
 
     Imports the verifier's module, a user's own too: a wrong name is found before anything starts.
     """
-    load_verifier(name)
-    module = importlib.import_module(VERIFIERS.get(name, name).partition(":")[0])
+    module = _module(name)
     if hasattr(module, "check_options"):
         module.check_options(options)
+
+
+def check_record(name: str, record: dict[str, Any], options: dict[str, Any]) -> None:
+    """Raises ConfigError for a record that the verifier's module refuses by `check_record(record, options)`; a module
+    without it takes all records. To be called for each problem of a finite source; the caller adds file and line."""
+    module = _module(name)
+    if hasattr(module, "check_record"):
+        module.check_record(record, options)
+
+
+def _module(name: str) -> Any:
+    load_verifier(name)
+    return importlib.import_module(VERIFIERS.get(name, name).partition(":")[0])
 
 
 def _checked(result: Any) -> Verdict:

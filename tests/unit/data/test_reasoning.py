@@ -1,6 +1,7 @@
 """reasoning-gym by name."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -61,6 +62,32 @@ def test_records_are_json_and_score_their_own_answers(task):
     for record in (source.problem(i).record for i in range(20)):
         assert json.loads(json.dumps(record)) == record
         assert verify("reasoning_gym", record["entry"]["answer"], record).reward == 1
+
+
+PROBLEMS = """
+import sys
+from oapl_engine.config import DataConfig
+from oapl_engine.data.reasoning import reasoning_source
+numbers = [int(n) for n in sys.argv[1].split(",")]
+for task in ("isomorphic_strings", "ransom_note", "polynomial_multiplication", "list_functions"):
+    source = reasoning_source(DataConfig(task=task, options={"size": 40}))
+    print(task, sorted((n, source.problem(n).question) for n in numbers))
+"""
+
+
+def test_problems_are_the_same_in_every_process():
+    """In any order, though these data sets choose from sets of texts, or draw from the global generator."""
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", PROBLEMS, ",".join(map(str, order))],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed, order in (("1", range(20)), ("2", reversed(range(20))))
+    }
+    assert len(outputs) == 1
 
 
 def test_without_pycosat_only_zebra_puzzles_are_refused():
