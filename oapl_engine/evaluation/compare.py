@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oapl_engine.config import DataConfig, Recipe, SamplingConfig
+from oapl_engine.config import DataConfig, Recipe, RewardConfig, SamplingConfig
 from oapl_engine.config_file import apply_overrides, build, read_toml
 from oapl_engine.data.benchmarks import BENCHMARKS
 from oapl_engine.data.model_folder import resolve_model
@@ -23,7 +23,7 @@ from oapl_engine.evaluation.evaluate import EvaluationResult, append_problems, e
 from oapl_engine.files import name_full_disk, read_json, replace_text
 from oapl_engine.fingerprint import code_fingerprint, file_fingerprint, model_fingerprint
 from oapl_engine.inference.protocol import Sampling
-from oapl_engine.rollout.scorer import Scorer, check_reward, reward_of
+from oapl_engine.rollout.scorer import Scorer, check_records, check_reward, reward_of
 from oapl_engine.rollout.session import EngineSession, recipe_engine_options
 from oapl_engine.samples import Prompt
 from oapl_engine.text import describe_dialogue, end_token_ids
@@ -140,7 +140,7 @@ def parse_task(task: str, data: DataConfig) -> DataConfig:
     return dataclasses.replace(data, **fields)
 
 
-def problem_set(data: DataConfig, seed: int, tokenizer: object, full_set: bool) -> ProblemSet:
+def problem_set(data: DataConfig, reward: RewardConfig, seed: int, tokenizer: object, full_set: bool) -> ProblemSet:
     """The problems of [data]: `full_set` takes all of a finite source, else those that training holds out.
 
     Problems over data.max_prompt_tokens are left out and listed. Raises ConfigError where none is left.
@@ -150,7 +150,8 @@ def problem_set(data: DataConfig, seed: int, tokenizer: object, full_set: bool) 
         task = load_task(data, seed, tokenizer)
         return ProblemSet(task.held_out, source.verifier, source.verifier_options, task.dropped)
     render = renderer(data, tokenizer)
-    problems = map(source.problem, range(source.size))
+    problems = [source.problem(number) for number in range(source.size)]
+    check_records(*reward_of(reward, source.verifier, source.verifier_options), problems)
     prompts = [Prompt(p.id, render(p), source.name, p.full_record) for p in problems]
     left_out = {p.id: len(p.token_ids) for p in prompts if len(p.token_ids) > data.max_prompt_tokens}
     kept = tuple(prompt for prompt in prompts if prompt.id not in left_out)
@@ -196,7 +197,7 @@ def _prepare(target: Target, recipe: Recipe, full_set: bool) -> Examinee:
         )
     context = min(context, positions)
     data = dataclasses.replace(recipe.data, max_prompt_tokens=context - new_tokens)
-    problems = problem_set(data, recipe.run.seed, tokenizer, full_set)
+    problems = problem_set(data, recipe.reward, recipe.run.seed, tokenizer, full_set)
     if not problems.prompts:
         raise ConfigError("no problem to evaluate: raise data.held_out")
     reward = reward_of(recipe.reward, problems.verifier, problems.verifier_options)

@@ -9,7 +9,7 @@ from oapl_engine.data.problem import Source
 from oapl_engine.data.sources import check_source, open_source, unread_data_fields
 from oapl_engine.errors import ConfigError
 from oapl_engine.rewards.verdict import check_verifier
-from oapl_engine.rollout.scorer import check_reward, reward_of
+from oapl_engine.rollout.scorer import check_records, check_reward, reward_of
 from oapl_engine.trainer.objective import make_objective, unread_fields
 from oapl_engine.weights.transports import check_transport
 
@@ -24,9 +24,11 @@ def check_recipe(recipe: Recipe, overrides: Sequence[str] = ()) -> None:
     if recipe.schedule.traits.generates:
         source = open_source(recipe.data)
         _check_held_out(recipe, source)
+        name, options = reward_of(recipe.reward, source.verifier, source.verifier_options)
+        if source.finite:
+            check_records(name, options, [source.problem(number) for number in range(source.size)])
         problem = source.problem(0)
-        reward = reward_of(recipe.reward, source.verifier, source.verifier_options)
-        check_reward(recipe.reward, *reward, problem.id, problem.full_record)
+        check_reward(recipe.reward, name, options, problem.id, problem.full_record)
     elif not Path(recipe.data.path).is_file():
         raise ConfigError(f"data.path = {recipe.data.path} is not a file: name one with finished rollouts")
 

@@ -1,19 +1,22 @@
 """From the token ids of a response to a verdict: decode, then verify in a process that can be killed."""
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
 from oapl_engine.config import RewardConfig
+from oapl_engine.data.problem import Problem
 from oapl_engine.errors import ConfigError, RunError
-from oapl_engine.rewards import Verdict, VerifierPool
+from oapl_engine.rewards import Verdict, VerifierPool, check_record
 from oapl_engine.rewards.verdict import check_verifier
 from oapl_engine.samples import Prompt
 from oapl_engine.text import TokenIds, response_text
 
 NONSENSE = "I do not know."  # what an untrained model answers: a verifier gives it a reward too
+CHECK_SECONDS = 30.0  # of a start, for reading all answers
 FEWEST, RECENT = 32, 256  # verdicts that a share is judged on, and those that are remembered
 
 
@@ -133,3 +136,20 @@ def check_reward(
                 f'reward.name = "{name}" gives no reward to the response {response!r:.80} to problem {problem}, whose '
                 f"record has {', '.join(record)}: {why_invalid(verdict)}"
             )
+
+
+def check_records(
+    name: str, options: dict[str, Any], problems: Sequence[Problem], seconds: float = CHECK_SECONDS
+) -> int:
+    """Raises ConfigError, with the place, for a problem whose record the verifier cannot use: an answer that cannot be
+    read would make every response wrong. Returns how many were checked within `seconds`; the others are left to the
+    run, which reports a record that fails."""
+    end = time.monotonic() + seconds
+    for number, problem in enumerate(problems):
+        if time.monotonic() > end:
+            return number
+        try:
+            check_record(name, problem.full_record, options)
+        except ConfigError as error:
+            raise ConfigError(f"{problem.place or f'problem {problem.id}'}: {error}") from error
+    return len(problems)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from oapl_engine.config import DataConfig, Recipe, SamplingConfig
+from oapl_engine.config import DataConfig, Recipe, RewardConfig, SamplingConfig
 from oapl_engine.data.micro import micro_tokenizer
 from oapl_engine.errors import ConfigError
 from oapl_engine.evaluation import compare
@@ -88,11 +88,11 @@ def problems(tmp_path):
 
 def test_long_problems_are_left_out_and_listed(problems):
     data = DataConfig(source="jsonl", path=str(problems), template="raw", max_prompt_tokens=10)
-    found = problem_set(data, 0, micro_tokenizer(), full_set=True)
+    found = problem_set(data, RewardConfig(), 0, micro_tokenizer(), full_set=True)
     assert sorted(prompt.id for prompt in found.prompts) == ["problems-1", "problems-2"]
     assert found.left_out == {"problems-3": 82}
     with pytest.raises(ConfigError, match="all 3 problems are longer than 1 tokens"):
-        problem_set(replace(data, max_prompt_tokens=1), 0, micro_tokenizer(), full_set=True)
+        problem_set(replace(data, max_prompt_tokens=1), RewardConfig(), 0, micro_tokenizer(), full_set=True)
 
 
 def test_results_belong_to_the_contents_that_they_were_made_with(problems, tmp_path, model_folder):

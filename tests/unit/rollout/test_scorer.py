@@ -10,9 +10,10 @@ import pytest
 
 from oapl_engine.config import RewardConfig
 from oapl_engine.data.micro import micro_tokenizer
+from oapl_engine.data.problem import Problem
 from oapl_engine.errors import ConfigError, RunError
 from oapl_engine.rewards import Verdict
-from oapl_engine.rollout.scorer import FEWEST, RECENT, InvalidShare, Scorer, check_reward, reward_of
+from oapl_engine.rollout.scorer import FEWEST, RECENT, InvalidShare, Scorer, check_records, check_reward, reward_of
 from oapl_engine.samples import Prompt
 
 PROMPT = Prompt("p1", np.array([4], np.int32), "t", {"answer": "01"})
@@ -68,6 +69,16 @@ def test_options_of_the_source_are_for_its_own_verifier():
     source = {"extract": "after", "marker": ">"}
     assert reward_of(RewardConfig(), "exact", source) == ("exact", source)
     assert reward_of(replace(RewardConfig(), name="math"), "exact", source) == ("math", {})
+
+
+def test_answers_that_cannot_be_read_are_named_by_their_line():
+    problems = [
+        Problem(f"p{n}", "?", {"answer": answer}, place=f"f.jsonl, line {n}") for n, answer in enumerate("12{4")
+    ]
+    with pytest.raises(ConfigError, match=r'f\.jsonl, line 2: "answer" = .\{. is not a mathematical expression'):
+        check_records("math", {}, problems)
+    assert check_records("exact", {}, problems) == 4
+    assert check_records("math", {}, problems, seconds=-1.0) == 0
 
 
 OWN = """
