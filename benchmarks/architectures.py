@@ -33,6 +33,7 @@ from oapl_engine.trainer.step import accumulate_gradients
 
 CPU = torch.device("cpu")
 BETA2 = 0.1
+PLACEHOLDERS = 5
 LENGTHS = ((21, (12, 30, 1)), (40, (7, 25)))  # per group: prompt, responses
 
 
@@ -117,8 +118,9 @@ def compare(policy: Policy, network: transformers.PreTrainedModel) -> Finding:
 
 
 def random_groups(vocabulary: int) -> list[TrainGroup]:
-    """Groups of LENGTHS with random tokens and advantages."""
+    """Groups of LENGTHS with random tokens and advantages; without the last tokens, which may stand for images."""
     draw, groups = np.random.default_rng(0), []
+    vocabulary -= PLACEHOLDERS
     for number, (length, lengths) in enumerate(LENGTHS):
         prompt = Prompt(f"p{number}", draw.integers(3, vocabulary, length).astype(np.int32), "random")
         about = {"spans": (), "finish": "stop", "status": "scored", "reward": 0.0}

@@ -78,7 +78,7 @@ def _load_network(model: config.ModelConfig) -> PreTrainedModel:
         raise _refused(path, " has no config.json: name a folder in Hugging Face layout")
     try:
         settings = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # OSError, ValueError, KeyError, and what the checks of a config class raise
         raise _refused(path, f" cannot be loaded: {error}") from error
     _check_architecture(settings, path)
     _check_files(Path(path))

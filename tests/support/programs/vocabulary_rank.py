@@ -10,6 +10,7 @@ from oapl_kernels.objectives import grpo, oapl
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
+from tests.support.fresh_memory import nan_in_fresh_memory
 from tests.support.head_reference import make_case, relative_error
 
 RANK, WORLD, FILE = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -54,4 +55,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with nan_in_fresh_memory():
+        main()

@@ -84,6 +84,8 @@ BAD = {
         r"lacks 1 weights, among them model\.norm\.weight: incomplete",
     ),
     "unknown architecture": (lambda f: edit_config(f, model_type="nonsense"), r"cannot be loaded: .*nonsense"),
+    "a field of another type": (lambda f: edit_config(f, hidden_size="wide"), r"cannot be loaded: .*hidden_size"),
+    "sizes that do not fit": (lambda f: edit_config(f, num_attention_heads=5), r"(?s)cannot be .*attention heads"),
     "not a causal LM": (
         lambda f: edit_config(f, architectures=["LlamaForSequenceClassification"]),
         r"holds LlamaForSequenceClassification, not a causal LM",
