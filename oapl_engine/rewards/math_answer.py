@@ -35,7 +35,9 @@ LATEX = math_verify.LatexExtractionConfig(
 NUMBER = re.compile(r"([+-]?) *(\d*\.?\d+|\d+\.)")
 FRACTION = re.compile(r"([+-]?) *(?:\\frac *\{ *(\d+) *\} *\{ *(\d+) *\}|(\d+) */ *(\d+))")
 TOO_LARGE = re.compile(rf"\d{{{MAX_DIGITS}}}|(?:binom|choose).*\d{{5}}|\d{{5}}.*choose")
-TANGLED = re.compile(r"(?:[\^_][^{}\s^_]{0,4}){4}[\^_]|(?:\|[^|]*){11}|(?:,[^,]*){51}")  # slow like deep brackets
+TANGLED = re.compile(
+    r"(?:\^\{[^{}^]*){5}|(?:[\^_][^{}\s^_]{0,4}){4}[\^_]|(?:\|[^|]*){11}|(?:,[^,]*){51}"
+)  # slow like deep brackets
 NOT_READ = re.compile(r"\d *_|[\d.] *\\overline")  # math-verify leaves them out
 CHOICE = re.compile(r"\(?([A-J])\)?")
 CHOSEN = re.compile(r"(?:\\text *\{)? *\(? *([A-J]) *(?:$|\}|\)|[.:]\s)(?! *[-+*/^=<>]| *\\text *\{ *or)")

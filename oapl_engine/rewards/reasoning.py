@@ -14,12 +14,14 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from oapl_engine.reasoning_gym_import import create_data_set, decode_entry
+from oapl_engine.reasoning_gym_import import create_data_set, decode_entry, reasoning_gym_registry
 from oapl_engine.rewards.exact import check_options, extract_answer
 
 __all__ = ["check_options", "score"]
 
 MAX_MOVES = 5000  # characters of them
+
+reasoning_gym_registry()  # imports reasoning_gym: the time limit of a verdict counts from here
 
 
 def score(response: str, record: dict[str, Any], options: dict[str, Any]) -> tuple[float, dict[str, Any]]:
