@@ -22,7 +22,7 @@ from oapl_engine.orchestrator.engine_events import EngineEvents
 from oapl_engine.orchestrator.generation import open_generation, prepare_questions
 from oapl_engine.orchestrator.learner import Learner
 from oapl_engine.orchestrator.offline import log_rollouts, read_recipe_rollouts
-from oapl_engine.orchestrator.preflight import check_recipe
+from oapl_engine.orchestrator.preflight import check_names, check_recipe
 from oapl_engine.orchestrator.resume import resume_state
 from oapl_engine.orchestrator.run import combine_handlers, open_run, save_recipe
 from oapl_engine.report.metrics import read_evaluations, read_metrics
@@ -42,8 +42,8 @@ def train(path: str, overrides: list[str]) -> int:
 
 
 def run_recipe(recipe: Recipe) -> int:
-    """Train by a recipe that check_recipe found good, or continue where a killed run stopped. Returns the exit code;
-    raises ConfigError."""
+    """Train by a recipe, or continue where a killed run stopped. Returns the exit code; raises ConfigError."""
+    check_names(recipe)
     inbox: queue.SimpleQueue[e.Event] = queue.SimpleQueue()
     with ExitStack() as stack:
         run = stack.enter_context(open_run(recipe, join_ranks()))

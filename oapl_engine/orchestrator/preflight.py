@@ -19,7 +19,8 @@ def check_recipe(recipe: Recipe, overrides: Sequence[str] = ()) -> None:
 
     overrides: words of the command line that are in the recipe already
     """
-    check_names(recipe, overrides)
+    check_names(recipe)
+    check_fields_are_read(recipe, overrides)
     check_packages(recipe)
     if recipe.schedule.traits.generates:
         source = open_source(recipe.data)
@@ -33,19 +34,25 @@ def check_recipe(recipe: Recipe, overrides: Sequence[str] = ()) -> None:
         raise ConfigError(f"data.path = {recipe.data.path} is not a file: name one with finished rollouts")
 
 
-def check_names(recipe: Recipe, overrides: Sequence[str] = ()) -> None:
-    """Raises ConfigError for a source, verifier, objective or transport that is missing, and for fields that the named
-    ones do not read. Reads no data."""
+def check_names(recipe: Recipe) -> None:
+    """Raises ConfigError for a source, verifier, objective or transport that is missing. Reads no data."""
     generates = recipe.schedule.traits.generates
     check_source(recipe.data, generates)
-    check_unread(recipe, "data.source", unread_data_fields(recipe.data.source), overrides)
-    objective = make_objective(recipe.objective, recipe.objective.beta2)
-    check_unread(recipe, "schedule.mode", recipe.schedule.traits.unread, overrides)
-    check_unread(recipe, "objective.name", unread_fields(recipe.objective, objective), overrides)
+    make_objective(recipe.objective, recipe.objective.beta2)
     if generates:
         check_transport(recipe.weights.transport)
         if recipe.reward.name:
             check_verifier(recipe.reward.name, recipe.reward.options)
+
+
+def check_fields_are_read(recipe: Recipe, overrides: Sequence[str] = ()) -> None:
+    """Raises ConfigError for a field that the named source, mode or objective does not read.
+
+    overrides: words of the command line that are in the recipe already
+    """
+    check_unread(recipe, "data.source", unread_data_fields(recipe.data.source), overrides)
+    check_unread(recipe, "schedule.mode", recipe.schedule.traits.unread, overrides)
+    check_unread(recipe, "objective.name", unread_fields(recipe.objective), overrides)
 
 
 def check_packages(recipe: Recipe) -> None:

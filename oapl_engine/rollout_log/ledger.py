@@ -77,7 +77,8 @@ class Ledger:
 
 
 def explain_untrained(ledger: Ledger) -> str:
-    """Where the tokens of a run went that trained nothing, largest column first, each with its reason."""
+    """Where the tokens of a run went that trained nothing, each column with its reason: what a step has looked at first,
+    largest first."""
     others = ("trained", "evaluation")
     columns = {name: tokens for name, tokens in ledger.read().items() if tokens and name not in others}
     total = sum(columns.values())
@@ -85,6 +86,6 @@ def explain_untrained(ledger: Ledger) -> str:
         return "no rollout holds a token"
     parts = [
         f"{tokens} of {total} tokens in {name}" + (f" ({REASONS[name]})" if name in REASONS else "")
-        for name, tokens in sorted(columns.items(), key=lambda item: -item[1])
+        for name, tokens in sorted(columns.items(), key=lambda item: (item[0] == "waiting", -item[1]))
     ]
     return "; ".join(parts)

@@ -33,8 +33,9 @@ def make_objective(section: ObjectiveConfig, beta2: float) -> Objective:
     return with_reference_kl(objective, section.reference_coefficient) if section.reference_coefficient else objective
 
 
-def unread_fields(section: ObjectiveConfig, objective: Objective) -> tuple[str, ...]:
-    """Fields of [objective] that this objective does not look at."""
+def unread_fields(section: ObjectiveConfig) -> tuple[str, ...]:
+    """Fields of the recipe that this objective does not look at. Raises ConfigError."""
+    objective = make_objective(section, section.beta2)
     unread = [] if objective.baseline == "value" else ["objective.beta1"]
     if "beta2" not in inspect.signature(_factory(section.name)).parameters:
         unread += ["objective.beta2", "objective.scale_free_nats"]

@@ -207,3 +207,48 @@ def test_every_objective_takes_a_step(name, arguments, tmp_path):
     words = arguments(objective__name=name, schedule__steps=2)
     assert run_recipe(load_recipe(words[1], [str(word) for word in words[2:]])) == 0
     assert all(row["loss"] is not None for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
+
+
+def run(arguments):
+    return run_recipe(load_recipe(arguments[1], [str(word) for word in arguments[2:]]))
+
+
+def rewritten(path, rows, change):
+    path.write_text("".join(json.dumps(json.loads(row) | change(json.loads(row))) + "\n" for row in rows))
+    return path
+
+
+def test_a_run_that_learns_nothing_says_why_and_exits_with_3(oapl, arguments, micro_rollouts, tmp_path):
+    rows = micro_rollouts.read_text().splitlines()
+    path = rewritten(tmp_path / "wrong.jsonl", rows, lambda row: {"reward": 0.0})
+    done = oapl(*arguments(data__path=path, schedule__steps=2))
+    assert done.returncode == 3
+    assert done.stdout.splitlines()[-1].startswith("done: steps=2 ")
+    assert "warning: 2 steps in a row trained nothing" in done.stderr
+    assert re.search(r"nothing was learned: \d+ of \d+ tokens in dropped:equal_rewards \(all rewards", done.stderr)
+
+
+def test_a_model_with_two_ends_of_turn_truncates_nothing(arguments, micro_model, micro_rollouts, tmp_path):
+    """As Llama-3 has: its generation config names two, and the rollouts end with the second."""
+    model = shutil.copytree(micro_model, tmp_path / "two_ends")
+    file = model / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [2, 30]}))
+    rows = micro_rollouts.read_text().splitlines()
+
+    def second_end(row):
+        return {"response_token_ids": [*row["response_token_ids"][:-1], 30], "finish": None}
+
+    path = rewritten(tmp_path / "second.jsonl", rows, second_end)
+    words = {"model__path": model, "data__path": path, "schedule__steps": 1, "objective__overlong": "excluded"}
+    assert run(arguments(**words)) == 0
+    row = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
+    assert row["is_truncated/mean"] == 0
+    assert "dropped:overlong" not in row["ledger"]
+
+
+def test_a_data_file_that_changed_is_refused_on_resume(arguments, micro_rollouts, tmp_path):
+    path = shutil.copy(micro_rollouts, tmp_path / "rollouts.jsonl")
+    words = arguments(data__path=path, schedule__steps=2)
+    assert run(words) == 0
+    rewritten(path, path.read_text().splitlines(), lambda row: {"reward": 1.0 - row["reward"]})
+    refuse(["other contents of data.path"], words)

@@ -10,7 +10,7 @@ import pytest
 from oapl_engine.config import load_recipe
 from oapl_engine.data.micro import micro_tokenizer
 from oapl_engine.data.task import load_task
-from oapl_engine.orchestrator.preflight import check_names
+from oapl_engine.orchestrator.preflight import check_fields_are_read, check_names
 from oapl_engine.rewards import VerifierPool
 from tests.conftest import ROOT
 from tests.support.readme import COMMANDS, OWN_RUN, TEXT, write_own_files
@@ -83,7 +83,8 @@ def test_readme_own_data_and_reward(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     words = OWN_RUN.replace("problems.jsonl", str(tmp_path / "problems.jsonl")).split()
     recipe = load_recipe(ROOT / words[2], words[3:])
-    check_names(recipe, words[3:])
+    check_names(recipe)
+    check_fields_are_read(recipe, words[3:])
     task = load_task(recipe.data, 0, micro_tokenizer())
     assert len(task.held_out) == recipe.data.held_out
     assert task.prompt(0).record.keys() == {"question", "answer"}

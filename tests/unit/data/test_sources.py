@@ -5,7 +5,7 @@ import pytest
 from oapl_engine.config import DataConfig, load_recipe
 from oapl_engine.data.sources import GIVEN, SOURCES, unread_data_fields
 from oapl_engine.errors import ConfigError
-from oapl_engine.orchestrator.preflight import check_names
+from oapl_engine.orchestrator.preflight import check_fields_are_read
 from tests.conftest import ROOT
 
 FILE = ["--data.source", "jsonl", "--data.path", "x.jsonl"]
@@ -35,14 +35,14 @@ def test_what_a_source_does_not_read(source, unread):
 )
 def test_a_field_that_is_not_read_is_refused(words, message):
     with pytest.raises(ConfigError, match=message):
-        check_names(load_recipe(ROOT / "recipes" / "micro.toml", words), words)
+        check_fields_are_read(load_recipe(ROOT / "recipes" / "micro.toml", words), words)
 
 
 def test_what_the_file_wrote_for_another_source_is_passed_over():
     """micro.toml has a task and options for its own source."""
-    check_names(load_recipe(ROOT / "recipes" / "micro.toml", FILE), FILE)
+    check_fields_are_read(load_recipe(ROOT / "recipes" / "micro.toml", FILE), FILE)
     with pytest.raises(ConfigError, match=r"data\.task = 'sort' has no effect"):
-        check_names(load_recipe(ROOT / "recipes" / "micro.toml", FILE))
+        check_fields_are_read(load_recipe(ROOT / "recipes" / "micro.toml", FILE))
 
 
 RECIPES = [path for path in sorted((ROOT / "recipes").glob("*.toml")) if "sft" not in path.stem]
@@ -50,7 +50,7 @@ RECIPES = [path for path in sorted((ROOT / "recipes").glob("*.toml")) if "sft" n
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
 def test_recipes_set_nothing_that_is_not_read(path):
-    check_names(load_recipe(path))
+    check_fields_are_read(load_recipe(path))
 
 
 def test_each_source_reads_fields_that_exist():

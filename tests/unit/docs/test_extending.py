@@ -16,7 +16,7 @@ from oapl_engine import config
 from oapl_engine.config_file import build, read_toml
 from oapl_engine.data.micro import micro_tokenizer
 from oapl_engine.data.task import load_task
-from oapl_engine.orchestrator.preflight import check_names
+from oapl_engine.orchestrator.preflight import check_fields_are_read, check_names
 from oapl_engine.rewards import VerifierPool
 from oapl_engine.trainer.objective import make_objective, normalizer
 from oapl_engine.trainer.optimizer import make_optimizer
@@ -48,7 +48,8 @@ def recipe_of(tables):
 @pytest.mark.parametrize("section", SECTIONS)
 def test_a_run_accepts_the_recipe(example, section):
     tables = example(section).tables
-    check_names(recipe_of(tables), [f"--{name}.{field}" for name, table in tables.items() for field in table])
+    check_names(recipe_of(tables))
+    check_fields_are_read(recipe_of(tables), [f"--{name}.{field}" for name, table in tables.items() for field in table])
 
 
 def test_the_objective_trains_a_policy(example):

@@ -6,7 +6,7 @@ import pytest
 
 from oapl_engine.errors import ConfigError, find_modules_in, load_object
 from oapl_engine.orchestrator import preflight
-from oapl_engine.orchestrator.preflight import check_names, check_recipe
+from oapl_engine.orchestrator.preflight import check_fields_are_read, check_recipe
 
 
 @pytest.fixture
@@ -53,14 +53,14 @@ def test_bad_recipes_are_refused(make_recipe, problems, words, message):
 def test_a_field_that_nothing_reads_is_refused(make_recipe, words, message):
     """What the file wrote for the objective that an override replaces is passed over: beta1 of micro.toml here."""
     with pytest.raises(ConfigError, match=message):
-        check_names(make_recipe(*words), [str(word) for word in words])
-    check_names(make_recipe(*words[:-2]), [str(word) for word in words[:-2]])
+        check_fields_are_read(make_recipe(*words), [str(word) for word in words])
+    check_fields_are_read(make_recipe(*words[:-2]), [str(word) for word in words[:-2]])
 
 
 def test_offline_refuses_what_needs_an_engine(make_recipe, tmp_path):
     words = ["--schedule.mode", "offline", *jsonl(tmp_path / "none.jsonl"), "--reward.name", "exact"]
     with pytest.raises(ConfigError, match=r"reward\.name = 'exact' has no effect with schedule\.mode = \"offline\""):
-        check_names(make_recipe(*words), [str(word) for word in words])
+        check_fields_are_read(make_recipe(*words), [str(word) for word in words])
 
 
 def test_a_missing_data_file_is_refused(make_recipe, tmp_path):
