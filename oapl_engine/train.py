@@ -74,10 +74,9 @@ def run_recipe(recipe: Recipe) -> int:
         untrained = learner.why_untrained() if code == OK else None
     if code == OK and run.ranks.rank == 0:
         print(summary(recipe, state.step), flush=True)
-    if untrained:
-        print(f"error: nothing was learned: {untrained}", file=sys.stderr)
-        return DIFFERENCE
-    return code
+        if untrained:
+            print(f"error: nothing was learned: {untrained}", file=sys.stderr)
+    return DIFFERENCE if untrained else code
 
 
 @contextmanager

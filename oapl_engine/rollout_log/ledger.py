@@ -77,7 +77,7 @@ class Ledger:
 
 
 def explain_untrained(ledger: Ledger) -> str:
-    """Where the tokens of a run went that trained nothing, each column with its reason; what no step took comes last."""
+    """Where the tokens of a run went that trained nothing, by column with reasons; what no step took comes last."""
     others = ("trained", "evaluation")
     columns = {name: tokens for name, tokens in ledger.read().items() if tokens and name not in others}
     total = sum(columns.values())
