@@ -2,8 +2,12 @@
 
 import sys
 import types
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -117,6 +121,38 @@ def test_own_verifiers(monkeypatch):
     assert verdict_of(monkeypatch, broken).detail["reason"] == "ZeroDivisionError: oops"
     assert 'raise ZeroDivisionError("oops")' in verdict_of(monkeypatch, broken).detail["traceback"]
     assert verdict_of(monkeypatch, broken).status == "error"
+
+
+@pytest.mark.parametrize(
+    ("returned", "reward"),
+    [
+        (np.bool_(True), 1.0),
+        (np.array(0.5), 0.5),
+        (np.float32(0.25), 0.25),
+        (np.int64(2), 2.0),
+        (torch.tensor(0.75), 0.75),
+        (Decimal("0.5"), 0.5),
+        (Fraction(1, 4), 0.25),
+        ((1, "why"), 1.0),
+        ((1, None), 1.0),
+        ((1, {1: 2, (1, 2): np.arange(2)}), 1.0),
+    ],
+)
+def test_what_peoples_code_returns_is_taken(monkeypatch, returned, reward):
+    verdict = verdict_of(monkeypatch, lambda *_: returned)
+    assert (verdict.status, verdict.reward) == ("scored", reward)
+    assert type(verdict.reward) is float
+    assert all(type(key) is str for key in verdict.detail)
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [None, "1.0", [1.0], np.array([1.0]), 1 + 0j, float("nan"), np.float64("nan"), float("-inf"), 10**400, (1.0,)],
+)
+def test_what_is_no_finite_number_is_invalid(monkeypatch, returned):
+    assert verdict_of(monkeypatch, lambda *_: returned).status == "invalid"
+    verdict = verdict_of(monkeypatch, lambda *_: (returned, "why"))
+    assert (verdict.status, verdict.detail["detail"]) == ("invalid", "why")
 
 
 OWN = """
