@@ -54,7 +54,7 @@ class DataConfig:
     template: str = setting(
         "chat", '"chat": the tokenizer\'s chat template; "raw": the question; else text with {question}'
     )
-    system: str = setting("", "system message of the chat template; empty: none")
+    system: str = setting("", "system message of the chat template, also of chats in a file of rollouts; empty: none")
     max_prompt_tokens: int = setting(512, "tokens; longer prompts are dropped by rule and listed", ge=1)
     held_out: int = setting(64, "problems kept out of training for evaluation, disjoint by text", ge=0)
 

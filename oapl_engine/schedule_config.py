@@ -24,7 +24,6 @@ class Mode(NamedTuple):
 
 WITHOUT_ENGINE = (
     "data.template",
-    "data.system",
     "data.max_prompt_tokens",
     "data.held_out",
     "reward",

@@ -26,8 +26,10 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return _with_one_bos(tokenizer, ids[:end] + added)
 
 
-def encode_messages(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+def encode_messages(tokenizer: Any, messages: Sequence[Message], system: str = "") -> list[int]:
     """Tokens of a prompt given as a chat, by the tokenizer's template with its generation prompt.
+
+    system: goes first as a system message, unless the chat starts with one of its own
 
     The template writes the special tokens; none is added. Raises ConfigError where there is no template, or where it
     refuses the messages, as some refuse the role "system".
@@ -35,6 +37,8 @@ def encode_messages(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     import jinja2
 
     check_has_template(tokenizer)
+    if system and messages[0].get("role") != "system":
+        messages = [{"role": "system", "content": system}, *messages]
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:

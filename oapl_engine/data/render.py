@@ -29,7 +29,8 @@ def renderer(data: DataConfig, tokenizer: Any) -> Render:
 
     def render(problem: Problem) -> NDArray[np.int32]:
         if problem.messages or data.template == "chat":
-            ids = encode_messages(tokenizer, _messages(problem, data.system))
+            messages = problem.messages or [{"role": "user", "content": problem.question}]
+            ids = encode_messages(tokenizer, messages, data.system)
         else:
             text = problem.question if data.template == "raw" else data.template.replace("{question}", problem.question)
             ids = encode_text(tokenizer, text)
@@ -38,10 +39,3 @@ def renderer(data: DataConfig, tokenizer: Any) -> Render:
         return np.asarray(ids, np.int32)
 
     return render
-
-
-def _messages(problem: Problem, system: str) -> list[dict[str, Any]]:
-    messages = list(problem.messages) or [{"role": "user", "content": problem.question}]
-    if system and messages[0].get("role") != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return messages

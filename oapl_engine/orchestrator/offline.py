@@ -17,6 +17,7 @@ def read_recipe_rollouts(run: Run) -> RolloutFile:
         max_new_tokens=recipe.sampling.max_new_tokens,
         ends=end_token_ids(run.model.path, tokenizer, recipe.sampling.stop_token_ids),
         group_size=recipe.schedule.group_size,
+        system=recipe.data.system,
     )
     file = read_rollouts(path, limits, tokenizer)
     if not file.has_behavior and recipe.objective.behavior == "engine":

@@ -80,7 +80,7 @@ def _prompt_tokens(place: str, prompt: Any, limits: Limits, tokenizer: Any) -> N
     """A chat (list of role and content) through the tokenizer's template, or text as it is."""
     messages = () if isinstance(prompt, str) and prompt else check_messages(prompt, place, "prompt")
     try:
-        ids = encode_messages(tokenizer, messages) if messages else encode_text(tokenizer, prompt)
+        ids = encode_messages(tokenizer, messages, limits.system) if messages else encode_text(tokenizer, prompt)
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from error
     if not ids:

@@ -62,12 +62,14 @@ class Limits:
     max_new_tokens:  responses given as text are cut here
     ends:            token ids that end a response: text.end_token_ids
     group_size:      rollouts that a group has at least
+    system:          message that chats without one start with
     """
 
     vocabulary: int
     max_new_tokens: int
     ends: tuple[int, ...]
     group_size: int
+    system: str = ""
 
 
 def check_columns(

@@ -50,6 +50,13 @@ def test_a_template_that_refuses_a_role_is_bad_input():
         text.encode_messages(tokenizer, [{"role": "system", "content": "Be brief."}, *USER])
 
 
+def test_a_system_message_goes_first_unless_the_chat_has_one():
+    tokenizer = tokenizer_that_adds("$A")
+    assert text.encode_messages(tokenizer, USER, "7") == [BOS, 11, 5, 6, 20]
+    own = [{"role": "system", "content": "8"}, *USER]
+    assert text.encode_messages(tokenizer, own, "7") == [BOS, 12, 5, 6, 20]
+
+
 @pytest.fixture
 def folder(model_folder, tmp_path):
     """folder(config ids, generation ids): a copy of a model whose configuration names these ends."""
