@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Literal
 
-from oapl_engine.errors import ConfigError, load_object, nearest
+from oapl_engine.errors import ConfigError, load_object, naming_own_code, nearest
 
 Verifier = Callable[[str, dict[str, Any], dict[str, Any]], Any]
 
@@ -70,6 +70,8 @@ def load_verifier(name: str) -> Verifier:
         hint = nearest(name, [*VERIFIERS, "package.module:function"])
         raise ConfigError(f'reward.name = "{name}" is not a verifier; {hint}')
     verifier: Verifier = load_object(VERIFIERS.get(name, name), "reward.name")
+    if not callable(verifier):
+        raise ConfigError(f'reward.name = "{name}" is {verifier!r:.80}, not a function')
     return verifier
 
 
@@ -82,7 +84,8 @@ def check_verifier(name: str, options: dict[str, Any]) -> None:
     load_verifier(name)
     module = importlib.import_module(VERIFIERS.get(name, name).partition(":")[0])
     if hasattr(module, "check_options"):
-        module.check_options(options)
+        with naming_own_code(f'reward.name = "{name}": check_options fails'):
+            module.check_options(options)
 
 
 def _checked(result: Any) -> Verdict:

@@ -167,5 +167,10 @@ def test_an_own_module_is_checked_before_anything_starts(monkeypatch, tmp_path):
         check_verifier("own_verifier:score", {})
     with pytest.raises(ConfigError, match=r'reward\.name = "own_verifier:scor" cannot be loaded: .*no attribute'):
         check_verifier("own_verifier:scor", {})
+    (tmp_path / "own_failing.py").write_text("score = 5\ndef check(*_): return 1\ndef check_options(o): 1 / 0\n")
+    with pytest.raises(ConfigError, match=r'"own_failing:score" is 5, not a function'):
+        check_verifier("own_failing:score", {})
+    with pytest.raises(ConfigError, match="check_options fails:"):
+        check_verifier("own_failing:check", {})
     with pytest.raises(ConfigError, match=r'reward\.name = "own_verifyer:score" cannot be loaded: No module named'):
         check_verifier("own_verifyer:score", {})
