@@ -27,6 +27,7 @@ VERIFIERS = {
     "reasoning_gym": "oapl_engine.rewards.reasoning:score",
 }
 REASON_CHARACTERS, TRACEBACK_CHARACTERS = 2000, 8000
+DETAIL_DEPTH = 20
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,16 @@ def _as_number(reward: Any) -> float | None:
 
 
 def _as_detail(detail: Any) -> dict[str, Any]:
-    """Details are kept as JSON, whose keys are text."""
+    """Details are kept as JSON, whose keys are text, at every depth."""
     if detail is None:
         return {}
-    return {str(key): value for key, value in detail.items()} if isinstance(detail, dict) else {"detail": detail}
+    plain: dict[str, Any] = _with_text_keys(detail if isinstance(detail, dict) else {"detail": detail})
+    return plain
+
+
+def _with_text_keys(value: Any, depth: int = 0) -> Any:
+    if depth > DETAIL_DEPTH:
+        return "…"  # also where a detail holds itself
+    if isinstance(value, dict):
+        return {str(key): _with_text_keys(item, depth + 1) for key, item in value.items()}
+    return [_with_text_keys(item, depth + 1) for item in value] if isinstance(value, list | tuple) else value

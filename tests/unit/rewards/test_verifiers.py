@@ -144,6 +144,16 @@ def test_own_verifiers(monkeypatch):
     assert verdict_of(monkeypatch, broken).status == "error"
 
 
+def test_details_of_any_shape_are_kept_as_json(monkeypatch):
+    """Keys that JSON does not have, below the first level too, and a detail that holds itself."""
+    detail = {"by": [{(1, 2): {3: "x"}}], 4: 5}
+    detail["itself"] = detail
+    verdict = verdict_of(monkeypatch, lambda *_: (1.0, detail))
+    assert verdict.reward == 1.0
+    kept = json.loads(json.dumps(verdict.detail))
+    assert (kept["by"], kept["4"], kept["itself"]["4"]) == ([{"(1, 2)": {"3": "x"}}], 5, 5)
+
+
 OWN = """
 from oapl_engine.errors import ConfigError
 
