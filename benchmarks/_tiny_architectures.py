@@ -14,7 +14,7 @@ from oapl_engine.data.micro import micro_tokenizer
 # sizes:     fields that a config gets if it has them: other names for the same sizes; windows and choices are small
 # plain:     model types with these fields alone
 # settings:  name: [model type, fields besides them]
-TABLE = json.loads(Path(__file__).with_name("tiny_architectures.json").read_text())
+TABLE = json.loads(Path(__file__).with_name("tiny_architectures.json").read_text(encoding="utf-8"))
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in TABLE["plain"]} | TABLE["settings"]
 LARGEST = 5_000_000  # parameters: a config whose sizes were not found is refused instead of filled
 

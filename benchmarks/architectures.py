@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
         print(show(name, findings[name]), flush=True)
     if options.json:
         figures = {"transformers": transformers.__version__, "findings": {n: asdict(f) for n, f in findings.items()}}
-        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
+        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return int(not all(map(is_right, findings.values())))
 
 

@@ -49,8 +49,8 @@ def load_object(path: str, field: str) -> Any:
 
 @contextlib.contextmanager
 def naming_own_code(what: str) -> Iterator[None]:
-    """Raises ConfigError, with the traceback, for whatever a user's own code raises: its sys.exit() too, which would end
-    the program as if all had been done. ConfigErrors pass."""
+    """Raises ConfigError, with the traceback, for whatever a user's own code raises: its sys.exit() too, which would
+    end the program as if all had been done. ConfigErrors pass."""
     try:
         yield
     except ConfigError:
@@ -70,8 +70,8 @@ def guarded(work: Callable[[], int]) -> int:
     """The exit code of `work`, the main function of a program.
 
     Bad input, a run that cannot continue, and Ctrl-C are reported in one line on stderr; a pipe whose reader has gone
-    (`| head`) ends the program without a word; output that cannot be written is one line too. What the terminal's encoding
-    does not have is printed as "?".
+    (`| head`) ends the program without a word; output that cannot be written is one line too. What the terminal's
+    encoding does not have is printed as "?".
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # Python's own stderr does so already
         sys.stdout.reconfigure(errors="replace")

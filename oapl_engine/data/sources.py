@@ -76,7 +76,9 @@ def open_source(data: DataConfig) -> Source:
         raise ConfigError(
             f'data.source = "{data.source}" returned {type(source).__name__}: a factory returns data.problem.Source'
         )
-    return source if data.source in SOURCES else dataclasses.replace(source, problem=_checked_problem(data.source, source))
+    return (
+        source if data.source in SOURCES else dataclasses.replace(source, problem=_checked_problem(data.source, source))
+    )
 
 
 def _checked_problem(name: str, source: Source) -> Callable[[int], Problem]:

@@ -19,8 +19,8 @@ from oapl_engine.data.render import renderer
 from oapl_engine.data.sources import SOURCES, open_source, parse_source_task, unread_data_fields
 from oapl_engine.data.task import load_task
 from oapl_engine.errors import ConfigError
-from oapl_engine.evaluation.evaluate import EvaluationResult, append_problems, evaluate, read_problems
-from oapl_engine.files import name_full_disk, read_json, replace_text
+from oapl_engine.evaluation.evaluate import EvaluationResult, append_problems, evaluate, read_problems, warn_of_scale
+from oapl_engine.files import name_disk_errors, read_json, replace_text
 from oapl_engine.fingerprint import code_fingerprint, file_fingerprint, model_fingerprint
 from oapl_engine.inference.protocol import Sampling
 from oapl_engine.rollout.scorer import Scorer, check_reward, reward_of
@@ -199,7 +199,7 @@ def evaluate_targets(
     folders = [out / _folder_name(target) for target in targets]
     for folder in folders:
         _make_folder(folder)
-    with name_full_disk(out):
+    with name_disk_errors(out):
         return [
             _evaluate_target(examinee, left_out, folder, log)
             for examinee, folder in zip(examinees, folders, strict=True)
@@ -254,7 +254,10 @@ def _evaluate_target(examinee: Examinee, left_out: dict[str, int], out: Path, lo
         with _open_session(examinee, out, log) as session:
             for done in _count(session, examinee, todo, out):
                 log(f"{target.label}: {done} of {len(todo)} problems")
-    return _in_order(read_problems(out)[0], [prompt.id for prompt in prompts])
+    result = _in_order(read_problems(out)[0], [prompt.id for prompt in prompts])
+    for line in warn_of_scale(result, examinee.recipe.evaluation.correct):
+        log(f"{target.label}: {line}")
+    return result
 
 
 @contextmanager

@@ -97,8 +97,9 @@ def _invalid(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
 def _equal_groups(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
     share, reward = _mean(rows, "filters/zero_variance"), _mean(rows, "reward/all/mean")
     if share > EQUAL_SHARE:
+        hard = reward < recipe.evaluation.correct / 2
         yield Finding(
-            f"almost all groups are all equal: the task is too {'hard' if reward < recipe.evaluation.correct / 2 else 'easy'}",
+            f"almost all groups are all equal: the task is too {'hard' if hard else 'easy'}",
             f"filters/zero_variance {share:.2f} (limit {EQUAL_SHARE}), reward {reward:.2f}",
             'choose other problems, a larger schedule.group_size, or objective.equal_groups = "resample"',
         )

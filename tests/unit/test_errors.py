@@ -70,7 +70,7 @@ def test_a_reader_that_goes_away_ends_a_command_quietly(run, arguments):
 @pytest.mark.parametrize("arguments", [["rollouts", "{run}"], ["configuration"]])
 def test_output_that_cannot_be_written_is_one_line(run, arguments):
     words = [word.format(run=run) for word in arguments]
-    with open("/dev/full", "w") as full:
+    with open("/dev/full", "wb") as full:
         command = [sys.executable, "-m", "oapl_engine.cli", *words]
         environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
         process = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, env=environment, timeout=60)
@@ -98,3 +98,11 @@ def test_help_needs_neither_utf8_nor_docstrings(oapl):
     plain = oapl("train", "--help", PYTHONOPTIMIZE="2")
     assert plain.returncode == 0, plain.stderr
     assert "--schedule.lag (" in plain.stdout
+
+
+@pytest.mark.parametrize("words", [["train", "micro_offline.toml"], ["sft", "micro_sft.toml"]])
+def test_an_interpreter_without_docstrings_is_named(oapl, words):
+    """transformers fails while it is imported there."""
+    done = oapl(words[0], ROOT / "recipes" / words[1], PYTHONOPTIMIZE="2")
+    assert (done.returncode, done.stdout) == (BAD_INPUT, "")
+    assert done.stderr.startswith("error: transformers cannot be imported under python -OO")
