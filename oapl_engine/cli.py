@@ -88,6 +88,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from oapl_engine.config import load_recipe
 
     load_recipe(arguments.recipe, overrides)  # before torch is loaded: a typo is reported within a second
+    _check_interpreter()
     from oapl_engine.train import train
 
     return train(arguments.recipe, overrides)
@@ -95,6 +96,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _sft(arguments: argparse.Namespace, overrides: list[str]) -> int:
     recipe = load_sft_recipe(arguments.recipe, overrides)
+    _check_interpreter()
     from oapl_engine.sft import run_sft
 
     run_sft(recipe)
@@ -104,6 +106,7 @@ def _sft(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _eval(arguments: argparse.Namespace, overrides: list[str]) -> int:
     ks = _parse_ks(arguments.k, arguments.n)
     find_modules_in(Path.cwd())
+    _check_interpreter()
     from oapl_engine.evaluation.report import evaluate_and_report
 
     evaluate_and_report(arguments.models, arguments.task, arguments.n, ks, arguments.out, overrides)
@@ -152,6 +155,7 @@ def _doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
         return OK
     if not Path(arguments.weights).is_dir():
         raise ConfigError(f"--weights {arguments.weights} is not a folder: name one with config.json and the weights")
+    _check_interpreter()
     from oapl_engine.doctor import check_weights
 
     difference = check_weights(arguments.weights)
@@ -164,6 +168,12 @@ def _configuration(_: argparse.Namespace, rest: list[str]) -> int:
     _refuse(rest)
     print(configuration_page(), end="")
     return OK
+
+
+def _check_interpreter() -> None:
+    """For commands that import transformers, which reads its own docstrings."""
+    if sys.flags.optimize > 1:
+        raise ConfigError("transformers cannot be imported under python -OO (PYTHONOPTIMIZE=2): use -O, or neither")
 
 
 def _refuse(rest: list[str]) -> None:

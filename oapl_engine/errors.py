@@ -8,7 +8,7 @@ import os
 import select
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,26 @@ def load_object(path: str, field: str) -> Any:
     Example: `load_object("math:sqrt", "reward.name")` returns `math.sqrt`.
     """
     module, _, name = path.partition(":")
+    with naming_own_code(f'{field} = "{path}": {module} fails when imported'):
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(
+                f'{field} = "{path}" cannot be loaded: {error}; write "package.module:name" of something that Python '
+                "can import: a file in the current folder, beside the recipe, or on PYTHONPATH"
+            ) from error
+
+
+@contextlib.contextmanager
+def naming_own_code(what: str) -> Iterator[None]:
+    """Raises ConfigError, with the traceback, for whatever a user's own code raises: its sys.exit() too, which would
+    end the program as if all had been done. ConfigErrors pass."""
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f'{field} = "{path}" cannot be loaded: {error}; write "package.module:name" of something that Python can '
-            "import: a file in the current folder, beside the recipe, or on PYTHONPATH"
-        ) from error
-    except Exception as error:  # whatever a user's module raises while it is imported
-        raise ConfigError(f'{field} = "{path}": {module} fails when imported:\n{traceback.format_exc()}') from error
+        yield
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{what}:\n{traceback.format_exc().rstrip()}") from error
 
 
 def find_modules_in(*folders: Path) -> None:
@@ -59,7 +70,8 @@ def guarded(work: Callable[[], int]) -> int:
     """The exit code of `work`, the main function of a program.
 
     Bad input, a run that cannot continue, and Ctrl-C are reported in one line on stderr; a pipe whose reader has gone
-    (`| head`) ends the program without a word. What the terminal's encoding does not have is printed as "?".
+    (`| head`) ends the program without a word; output that cannot be written is one line too. What the terminal's
+    encoding does not have is printed as "?".
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # Python's own stderr does so already
         sys.stdout.reconfigure(errors="replace")
@@ -81,10 +93,15 @@ def guarded(work: Callable[[], int]) -> int:
         for number in abandoned:  # what is still buffered goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
         return READER_GONE
+    except OSError as error:
+        if error.filename or not _is_unwritable(1):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return _report(f"error: the output cannot be written: {error.strerror}", FAILED)
 
 
 def _report(text: str, code: int) -> int:
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):
         print(text, file=sys.stderr)
     return code
 
@@ -95,3 +112,12 @@ def _abandoned_streams() -> list[int]:
     for number in (1, 2):
         watch.register(number, 0)
     return [number for number, events in watch.poll(0) if events & select.POLLERR]
+
+
+def _is_unwritable(number: int) -> bool:
+    """Whether a stream takes nothing more: its disk is full, or /dev/full."""
+    try:
+        os.write(number, b"\n")
+    except OSError:
+        return True
+    return False

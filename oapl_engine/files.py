@@ -113,11 +113,14 @@ def describe_full_disk(path: Path) -> str:
 
 
 @contextmanager
-def name_full_disk(path: Path) -> Iterator[None]:
-    """Raises RunError, one line that names the path, where the disk that holds it is full or its quota is used up."""
+def name_disk_errors(path: Path) -> Iterator[None]:
+    """Raises RunError, one line that names the path, where the disk that holds it is full or its quota is used up, and
+    where the system does not let a file be read or written, as one that another user left."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(describe_full_disk(path)) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+            raise RunError(f"{error.filename}: {error.strerror}; check who owns it and what is below {path}") from error
         raise

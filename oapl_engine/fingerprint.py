@@ -1,7 +1,9 @@
 """Fingerprints of what a run or an evaluation stands on: files, model folders, code, versions of packages."""
 
+import ast
 import hashlib
 import importlib.util
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -47,10 +49,54 @@ def model_fingerprint(folder: str | Path) -> str:
 
 
 def code_fingerprint(name: str) -> str | None:
-    """SHA-256 of the file of "package.module:object"; None for a name of a table or a module without a file."""
+    """SHA-256 of the code of "package.module:object": the module's file, and those beside it that it imports; None for
+    a name of a table or a module without a file."""
     module, colon, _ = name.partition(":")
     found = importlib.util.find_spec(module) if colon else None
-    return file_fingerprint(found.origin) if found and found.has_location and found.origin else None
+    if not (found and found.has_location and found.origin):
+        return None
+    digest = hashlib.sha256()
+    for part, file in sorted(_own_files(module, Path(found.origin)).items()):
+        digest.update(f"{part} {file_fingerprint(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _own_files(module: str, origin: Path) -> dict[str, Path]:
+    """Name to file of a module and of what it imports from the folder that its package is in. Of an installed one
+    itself alone: what it stands on may be all of torch."""
+    root = origin.parents[module.count(".") + (origin.name == "__init__.py")]
+    installed = {"site-packages", "dist-packages"} & set(root.parts)
+    files: dict[str, Path] = {}
+    todo = {module: origin}
+    while todo:
+        name, file = todo.popitem()
+        files[name] = file
+        package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+        for imported in () if installed else _imports(file, package):
+            if imported in files or imported.startswith(("oapl_engine", "oapl_kernels")):
+                continue
+            path = root.joinpath(*imported.split("."))
+            for found in (path.with_name(path.name + ".py"), path / "__init__.py"):  # the package wins, as in Python
+                if found.is_file():
+                    todo[imported] = found
+    return files
+
+
+def _imports(file: Path, package: str) -> Iterator[str]:
+    """Names that the code in a file of `package` may import, each with the packages that it is in."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):  # an extension, or a file that cannot be imported
+        return
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: 1 - node.level or None] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            names = [f"{base}.{name}" for name in names]
+        for name in names:
+            parts = name.split(".")
+            yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
 
 
 def package_versions() -> dict[str, str]:

@@ -28,7 +28,8 @@ POSITIONS = 256  # longest sequence of the model, tokens
 def run_sft(recipe: SftRecipe) -> float:
     """Train, save to recipe.model.out, print progress; returns greedy accuracy on the held-out problems.
 
-    Raises ConfigError where the folder exists already with another model in it, or a sequence does not fit.
+    Raises ConfigError where the folder holds something else than a model or cannot be written, or a sequence does not
+    fit.
     """
     out = Path(recipe.model.out)
     if out.exists() and not (out / "config.json").exists() and (out.is_file() or any(out.iterdir())):
@@ -39,6 +40,10 @@ def run_sft(recipe: SftRecipe) -> float:
     tokenizer = micro_tokenizer()
     task = load_task(recipe.data, recipe.run.seed, tokenizer)
     model = micro_llama(recipe)
+    try:
+        _part(out).mkdir(parents=True, exist_ok=True)  # before the steps: they would be lost
+    except OSError as error:
+        raise ConfigError(f"model.out = {out}: {error.strerror}; name a folder that you may write") from error
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
     print(f"sft: {size}, {task.source.name}, {recipe.train.steps} steps of {recipe.train.batch_size}")
     _train(model, task, tokenizer, recipe)
@@ -131,10 +136,14 @@ def greedy_accuracy(model: LlamaForCausalLM, prompts: tuple[Prompt, ...], tokeni
     return float(right.all(-1).double().mean())
 
 
+def _part(out: Path) -> Path:
+    return out.with_name(out.name + ".part")
+
+
 def _save(model: LlamaForCausalLM, tokenizer: Any, out: Path) -> None:
     """Written under another name, then renamed: a folder that is there is complete."""
     logging.disable_progress_bar()
-    part = out.with_name(out.name + ".part")
+    part = _part(out)
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)

@@ -47,6 +47,9 @@ def load_sft_recipe(path: str | Path, overrides: list[str] | None = None) -> Sft
         raise ConfigError("model.out is empty: name the folder that the model is written to, e.g. models/micro")
     if recipe.data.source != "micro":
         raise ConfigError(f'data.source = "{recipe.data.source}": oapl sft generates its own examples, use "micro"')
+    for section, field in (("run", "dir"), ("data", "path")):
+        if value := getattr(getattr(recipe, section), field):
+            raise ConfigError(f"{section}.{field} = {value!r} has no effect in oapl sft: remove it")
     if recipe.model.hidden % recipe.model.heads:
         raise ConfigError(
             f"model.hidden = {recipe.model.hidden} is not a multiple of model.heads = {recipe.model.heads}"

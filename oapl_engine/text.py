@@ -4,6 +4,7 @@ Training, rewards, evaluation, offline import and the engine share these answers
 """
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,15 +101,23 @@ def end_token_ids(model: str, tokenizer: Any, stop_token_ids: Iterable[int] = ()
 def _configured_ends(model: str) -> Iterable[int]:
     from transformers import AutoConfig, GenerationConfig
 
+    file = Path(model, "generation_config.json")
+    ends = None
     try:
         ends = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:  # the folder has none
-        ends = None
-    if ends is None:
-        ends = AutoConfig.from_pretrained(model).get_text_config().eos_token_id
-    if ends is None:
-        return ()
-    return ends if isinstance(ends, list) else (ends,)
+    except (OSError, ValueError, TypeError) as error:
+        if file.exists():  # else the model has none
+            raise ConfigError(f"{file} cannot be read: {error}; correct it, or remove it") from error
+    if ends in (None, []):
+        config = AutoConfig.from_pretrained(model)
+        file, ends = Path(model, "config.json"), config.get_text_config().eos_token_id
+        if ends in (None, []):
+            ends = config.eos_token_id  # of a model that also sees, beside the fields of its text
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    for token in ends:
+        if type(token) is not int or token < 0:
+            raise ConfigError(f"{file}: eos_token_id = {ends!r:.80} must be a token id or a list of them")
+    return ends
 
 
 def is_ended(token_ids: TokenIds, ends: Sequence[int]) -> bool:

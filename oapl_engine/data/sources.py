@@ -3,11 +3,13 @@
 A source from elsewhere needs no line: data.source = "package.module:factory" names it. See docs/extending.md.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from oapl_engine.config import DataConfig
-from oapl_engine.data.problem import Source
-from oapl_engine.errors import ConfigError, load_object, nearest
+from oapl_engine.data.problem import Problem, Source
+from oapl_engine.errors import ConfigError, load_object, naming_own_code, nearest
 
 
 class SourceKind(NamedTuple):
@@ -68,12 +70,28 @@ def open_source(data: DataConfig) -> Source:
     """The problems that [data] names, before rendering. Raises ConfigError."""
     check_source(data, generates=True)
     factory = load_object(_find(data.source).factory or data.source, "data.source")
-    source = factory(data)
+    with naming_own_code(f'data.source = "{data.source}" fails'):
+        source = factory(data)
     if not isinstance(source, Source):
         raise ConfigError(
             f'data.source = "{data.source}" returned {type(source).__name__}: a factory returns data.problem.Source'
         )
-    return source
+    return (
+        source if data.source in SOURCES else dataclasses.replace(source, problem=_checked_problem(data.source, source))
+    )
+
+
+def _checked_problem(name: str, source: Source) -> Callable[[int], Problem]:
+    """source.problem of a user's own source; what it raises or returns by mistake is a ConfigError."""
+
+    def problem(index: int) -> Problem:
+        with naming_own_code(f'data.source = "{name}": problem({index}) fails'):
+            found = source.problem(index)
+        if not isinstance(found, Problem):
+            raise ConfigError(f'data.source = "{name}": problem({index}) is {found!r:.80}, not a data.problem.Problem')
+        return found
+
+    return problem
 
 
 def parse_source_task(task: str) -> dict[str, Any] | None:

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oapl_engine.config import DataConfig, Recipe, RewardConfig, SamplingConfig
-from oapl_engine.config_file import apply_overrides, build, read_toml
+from oapl_engine.config import DataConfig, Recipe, RewardConfig, SamplingConfig, check_unread
+from oapl_engine.config_file import apply_overrides, build, overridden_fields, read_toml
 from oapl_engine.data.benchmarks import BENCHMARKS
 from oapl_engine.data.model_folder import resolve_model
 from oapl_engine.data.render import renderer
-from oapl_engine.data.sources import open_source, parse_source_task
+from oapl_engine.data.sources import SOURCES, open_source, parse_source_task, unread_data_fields
 from oapl_engine.data.task import load_task
 from oapl_engine.errors import ConfigError
-from oapl_engine.evaluation.evaluate import EvaluationResult, append_problems, evaluate, read_problems
-from oapl_engine.files import name_full_disk, read_json, replace_text
+from oapl_engine.evaluation.evaluate import EvaluationResult, append_problems, evaluate, read_problems, warn_of_scale
+from oapl_engine.files import name_disk_errors, read_json, replace_text
 from oapl_engine.fingerprint import code_fingerprint, file_fingerprint, model_fingerprint
 from oapl_engine.inference.protocol import Sampling
 from oapl_engine.rollout.scorer import Scorer, check_records, check_reward, reward_of
@@ -31,6 +31,14 @@ from oapl_engine.trainer.checkpoint import load_newest
 from oapl_engine.trainer.loading import load_tokenizer, read_text_config
 
 UNUSED_SECTIONS = ("schedule", "objective", "train", "optimizer", "weights", "checkpoint", "report")
+INSTEAD = {  # fields of a recipe that `oapl eval` has an argument for
+    "evaluation.n": "--n",
+    "evaluation.k": "--k",
+    "evaluation.task": "--task",
+    "run.dir": "--out",
+    "model.path": "MODEL_OR_RUN",
+}
+UNUSED_FIELDS = ("run.threads", "model.attention", "model.lora_rank", "evaluation.every")
 TASK_SECTIONS = ("data", "reward", "sampling")  # --task brings its own: a run's template or stop tokens are its task's
 CONTENTS = ("content of data.path", "code of data.source", "code of the reward", "content of the model folder")
 SAMPLES_KEPT = 512  # samples after which the counts are written
@@ -116,28 +124,44 @@ def evaluation_recipe(
         room = [read_text_config(t.folder).get("max_position_embeddings") or 2 * wanted for t in targets]
         tables["sampling"] = {"max_new_tokens": min([wanted, *(positions // 2 for positions in room)])}
     tables = apply_overrides(tables, overrides, Recipe)
+    _check_overrides(overrides, task)
     tables["evaluation"] = tables.get("evaluation", {}) | {"n": n, "k": list(ks)}
     recipe: Recipe = build(Recipe, tables, "oapl eval")
     if task:
         recipe = dataclasses.replace(recipe, data=parse_task(task, recipe.data))
-    elif not recipe.data.task and not recipe.data.path:
+    elif not recipe.data.task and not recipe.data.path and recipe.data.source in SOURCES:
         raise ConfigError(f"no run with a task of its own among {', '.join(models)}: name one, e.g. --task math500")
     if n < 1 or not all(1 <= k <= n for k in ks):
         raise ConfigError(f"--n {n} --k {','.join(map(str, ks))}: pass@k needs 1 <= k <= n")
+    check_unread(recipe, "data.source", unread_data_fields(recipe.data.source), overrides)
     return recipe
+
+
+def _check_overrides(overrides: Sequence[str], task: str) -> None:
+    """Raises ConfigError for an override that nothing here reads: it would change nothing, without a word."""
+    named = {f"data.{field}": "--task" for field in _task_fields(task)} if task else {}
+    for field in sorted(overridden_fields(overrides)):
+        if instead := (INSTEAD | named).get(field):
+            raise ConfigError(f"--{field} has no effect in oapl eval{' with --task' * (field in named)}: use {instead}")
+        if field in UNUSED_FIELDS or field.partition(".")[0] in UNUSED_SECTIONS:
+            raise ConfigError(f"--{field} has no effect in oapl eval: remove it")
 
 
 def parse_task(task: str, data: DataConfig) -> DataConfig:
     """[data] for `--task`: a benchmark's name, or SOURCE:NAME (for a source that reads a file, SOURCE:FILE)."""
+    return dataclasses.replace(data, **_task_fields(task))
+
+
+def _task_fields(task: str) -> dict[str, Any]:
     if task in BENCHMARKS:
-        return dataclasses.replace(data, source="benchmark", task=task)
+        return {"source": "benchmark", "task": task}
     fields = parse_source_task(task)
     if fields is None:
         raise ConfigError(
             f"--task {task}: one of {', '.join(BENCHMARKS)}, or SOURCE:NAME such as "
             '"micro:sort", "reasoning_gym:gcd", "jsonl:FILE"'
         )
-    return dataclasses.replace(data, **fields)
+    return fields
 
 
 def problem_set(data: DataConfig, reward: RewardConfig, seed: int, tokenizer: object, full_set: bool) -> ProblemSet:
@@ -173,10 +197,23 @@ def evaluate_targets(
     if left_out:
         names = ", ".join(f"{id} ({tokens} tokens)" for id, tokens in list(left_out.items())[:5])
         log(f"left out, too long for a model: {names}{f', … ({len(left_out)} in all)' if len(left_out) > 5 else ''}")
-    with name_full_disk(out):
+    folders = [out / _folder_name(target) for target in targets]
+    for folder in folders:
+        _make_folder(folder)
+    with name_disk_errors(out):
         return [
-            _evaluate_target(examinee, left_out, out / _folder_name(examinee.target), log) for examinee in examinees
+            _evaluate_target(examinee, left_out, folder, log)
+            for examinee, folder in zip(examinees, folders, strict=True)
         ]
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out: {folder} cannot be made: {error.strerror}; name a folder you may write to"
+        ) from error
 
 
 def _folder_name(target: Target) -> str:
@@ -218,7 +255,10 @@ def _evaluate_target(examinee: Examinee, left_out: dict[str, int], out: Path, lo
         with _open_session(examinee, out, log) as session:
             for done in _count(session, examinee, todo, out):
                 log(f"{target.label}: {done} of {len(todo)} problems")
-    return _in_order(read_problems(out)[0], [prompt.id for prompt in prompts])
+    result = _in_order(read_problems(out)[0], [prompt.id for prompt in prompts])
+    for line in warn_of_scale(result, examinee.recipe.evaluation.correct):
+        log(f"{target.label}: {line}")
+    return result
 
 
 @contextmanager

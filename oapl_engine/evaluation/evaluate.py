@@ -118,6 +118,17 @@ def evaluate(
     )
 
 
+def warn_of_scale(result: EvaluationResult, correct: float) -> list[str]:
+    """A line where rewards are on a larger scale than `correct`: pass@k would count almost everything as correct."""
+    largest = max((reward for reward in result.reward if math.isfinite(reward)), default=-math.inf)
+    if largest <= correct:
+        return []
+    return [
+        f"warning: rewards reach {largest:g} and more, and every response from evaluation.correct = {correct:g} counts "
+        "as correct in pass@k: set it to the reward of a right answer"
+    ]
+
+
 def _verdicts(session: EngineSession, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[list[Verdict]]:
     if not prompts:
         raise ValueError("no held-out problem to evaluate: raise data.held_out, or set evaluation.n = 0")

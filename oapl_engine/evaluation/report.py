@@ -17,7 +17,7 @@ def evaluate_and_report(
     """Table and paired differences on stdout, progress on stderr, `pass_at_k.svg` next to the counts. ConfigError."""
     targets = name_apart([find_target(path) for path in models], models)
     recipe = evaluation_recipe(models, targets, task, n, ks, overrides)
-    name = task.replace(":", "-") or recipe.data.task or Path(recipe.data.path).stem
+    name = task.replace(":", "-") or recipe.data.task or Path(recipe.data.path).stem or recipe.data.source
     folder = Path(out or f"runs/eval-{Path(name).stem}")
     results = evaluate_targets(
         targets, recipe, bool(task), folder, lambda text: print(text, file=sys.stderr, flush=True)

@@ -40,6 +40,8 @@ def check_contents(directory: Path, recipe: Recipe, now: dict[str, Any], say: Ca
     if not file.exists():
         return
     before = read_json(file)
+    if not isinstance(before, dict) or not isinstance(before.get("packages"), dict) or "ranks" not in before:
+        raise ConfigError(f"{file} is damaged: it lacks ranks or packages; restore it from a copy, or remove it")
     if before["ranks"] != now["ranks"]:
         raise ConfigError(
             f"run.dir = {directory} was written by {before['ranks']} ranks, now there are {now['ranks']}: start "

@@ -1,6 +1,6 @@
 """Evaluator: held-out pass@k of the version that serves; carries out Evaluate."""
 
-from oapl_engine.evaluation.evaluate import append_evaluation, evaluate
+from oapl_engine.evaluation.evaluate import append_evaluation, evaluate, warn_of_scale
 from oapl_engine.inference.protocol import Sampling
 from oapl_engine.orchestrator.engine_events import EngineEvents
 from oapl_engine.orchestrator.run import Run
@@ -54,4 +54,6 @@ class Evaluator:
         append_evaluation(result, sorted({1, *settings.k}), run.directory)
         run.count_evaluation_tokens(self.session)
         run.display.say(f"pass@1 at step {step}: {result.describe()}")
+        for line in warn_of_scale(result, settings.correct):
+            run.display.say(line)
         return e.EvaluationDone(step)

@@ -15,7 +15,7 @@ from oapl_engine.config_file import to_toml
 from oapl_engine.data.model_folder import resolve_model
 from oapl_engine.distributed import Ranks
 from oapl_engine.errors import ConfigError
-from oapl_engine.files import name_full_disk, replace_text
+from oapl_engine.files import name_disk_errors, replace_text
 from oapl_engine.orchestrator.binding import (
     check_contents,
     clear_failed_start,
@@ -102,7 +102,7 @@ def open_run(recipe: Recipe, ranks: Ranks) -> Iterator[Run]:
     directory, first = Path(recipe.run.dir), ranks.rank == 0
     missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     try:
-        with name_full_disk(directory), ExitStack() as stack:
+        with name_disk_errors(directory), ExitStack() as stack:
             if first:
                 stack.enter_context(_locked(directory))
             display = Display(recipe.schedule.steps, recipe.schedule.lag, silent=not first)

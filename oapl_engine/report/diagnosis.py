@@ -94,11 +94,12 @@ def _invalid(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
         )
 
 
-def _equal_groups(rows: Rows, _: Recipe) -> Iterator[Finding]:
+def _equal_groups(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
     share, reward = _mean(rows, "filters/zero_variance"), _mean(rows, "reward/all/mean")
     if share > EQUAL_SHARE:
+        hard = reward < recipe.evaluation.correct / 2
         yield Finding(
-            f"almost all groups are all equal: the task is too {'hard' if reward < 0.5 else 'easy'}",
+            f"almost all groups are all equal: the task is too {'hard' if hard else 'easy'}",
             f"filters/zero_variance {share:.2f} (limit {EQUAL_SHARE}), reward {reward:.2f}",
             'choose other problems, a larger schedule.group_size, or objective.equal_groups = "resample"',
         )
@@ -121,7 +122,7 @@ def _hot(rows: Rows, recipe: Recipe) -> Iterator[Finding]:
         _quarters(rows, "reward/all/mean"),
         _quarters(rows, "entropy/all/mean"),
     )
-    fell = reward_1 < 0.7 * reward_0
+    fell = reward_0 - reward_1 > 0.3 * abs(reward_0)  # rewards may be negative
     collapsed = entropy_1 < 0.3 * entropy_0 and reward_1 < reward_0
     if kl > HOT_NATS or fell or collapsed:
         rate = recipe.optimizer.learning_rate

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Literal
 
-from oapl_engine.errors import ConfigError, load_object, nearest
+from oapl_engine.errors import ConfigError, load_object, naming_own_code, nearest
 
 Verifier = Callable[[str, dict[str, Any], dict[str, Any]], Any]
 
@@ -28,6 +28,7 @@ VERIFIERS = {
     "reasoning_gym": "oapl_engine.rewards.reasoning:score",
 }
 REASON_CHARACTERS, TRACEBACK_CHARACTERS = 2000, 8000
+DETAIL_DEPTH = 20
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ def load_verifier(name: str) -> Verifier:
         hint = nearest(name, [*VERIFIERS, "package.module:function"])
         raise ConfigError(f'reward.name = "{name}" is not a verifier; {hint}')
     verifier: Verifier = load_object(VERIFIERS.get(name, name), "reward.name")
+    if not callable(verifier):
+        raise ConfigError(f'reward.name = "{name}" is {verifier!r:.80}, not a function')
     return verifier
 
 
@@ -82,7 +85,8 @@ def check_verifier(name: str, options: dict[str, Any]) -> None:
     """
     module = _module(name)
     if hasattr(module, "check_options"):
-        module.check_options(options)
+        with naming_own_code(f'reward.name = "{name}": check_options fails'):
+            module.check_options(options)
 
 
 def check_record(name: str, record: dict[str, Any], options: dict[str, Any]) -> None:
@@ -122,7 +126,16 @@ def _as_number(reward: Any) -> float | None:
 
 
 def _as_detail(detail: Any) -> dict[str, Any]:
-    """Details are kept as JSON, whose keys are text."""
+    """Details are kept as JSON, whose keys are text, at every depth."""
     if detail is None:
         return {}
-    return {str(key): value for key, value in detail.items()} if isinstance(detail, dict) else {"detail": detail}
+    plain: dict[str, Any] = _with_text_keys(detail if isinstance(detail, dict) else {"detail": detail})
+    return plain
+
+
+def _with_text_keys(value: Any, depth: int = 0) -> Any:
+    if depth > DETAIL_DEPTH:
+        return "…"  # also where a detail holds itself
+    if isinstance(value, dict):
+        return {str(key): _with_text_keys(item, depth + 1) for key, item in value.items()}
+    return [_with_text_keys(item, depth + 1) for item in value] if isinstance(value, list | tuple) else value

@@ -7,7 +7,7 @@ from oapl_kernels import Objective
 from oapl_kernels.objectives import OBJECTIVES, with_reference_kl
 
 from oapl_engine.config import ObjectiveConfig
-from oapl_engine.errors import ConfigError, load_object, nearest
+from oapl_engine.errors import ConfigError, load_object, naming_own_code, nearest
 
 
 def make_objective(section: ObjectiveConfig, beta2: float) -> Objective:
@@ -17,15 +17,18 @@ def make_objective(section: ObjectiveConfig, beta2: float) -> Objective:
     """
     name = section.name
     factory = _factory(name)
+    if not callable(factory):
+        raise ConfigError(f'objective.name = "{name}" is {factory!r:.80}, not a factory: a function that returns one')
     allowed = inspect.signature(factory).parameters
     options = ({"beta2": beta2} if "beta2" in allowed else {}) | section.options
     for option in options:
         if option not in allowed:
             raise ConfigError(f"objective.options.{option}: {name} has only {', '.join(allowed) or 'no options'}")
-    try:
-        objective = factory(**options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"objective.options of {name}: {error}") from error
+    with naming_own_code(f'objective.name = "{name}" fails'):
+        try:
+            objective = factory(**options)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"objective.options of {name}: {error}") from error
     if not isinstance(objective, Objective):
         raise ConfigError(
             f'objective.name = "{name}" made a {type(objective).__name__}: a factory returns oapl_kernels.Objective'

@@ -17,7 +17,7 @@ SOURCES = [
     p for d in ("oapl_engine", "kernels", "csrc") for p in (ROOT / d).rglob("*") if p.suffix in (".py", ".cpp", ".h")
 ]
 PYTHON = [p for p in SOURCES if p.suffix == ".py"]
-STATEMENTS = 8450
+STATEMENTS = 8700
 NATIVE_LINES = 900
 FILE_LINES, CLASS_LINES, FUNCTION_LINES, ATTRIBUTES = 350, 150, 45, 12
 LINT = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()"]

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from oapl_engine.errors import BAD_INPUT, FAILED, INTERRUPTED, ConfigError, RunError, guarded
+from oapl_engine.errors import BAD_INPUT, FAILED, INTERRUPTED, ConfigError, RunError, guarded, load_object
 from oapl_engine.rollout_log.database import CorruptLogError
 from oapl_engine.rollout_log.journal import Journal
 from oapl_engine.rollout_log.log import RolloutLog
@@ -67,6 +67,26 @@ def test_a_reader_that_goes_away_ends_a_command_quietly(run, arguments):
     assert process.stderr.read() == b""
 
 
+@pytest.mark.parametrize("arguments", [["rollouts", "{run}"], ["configuration"]])
+def test_output_that_cannot_be_written_is_one_line(run, arguments):
+    words = [word.format(run=run) for word in arguments]
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "oapl_engine.cli", *words]
+        environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+        process = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, env=environment, timeout=60)
+    assert process.returncode == FAILED
+    assert process.stderr == b"error: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("line", ["raise SystemExit(0)", "raise RuntimeError", "1 / 0", "def f(:"])
+def test_a_module_that_ends_python_does_not_end_the_program(monkeypatch, tmp_path, line):
+    """A script without `if __name__ == "__main__"` would end a run with exit code 0 before it starts."""
+    (tmp_path / "own_script.py").write_text(line)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r'reward\.name = "own_script:score": own_script fails when imported:'):
+        load_object("own_script:score", "reward.name")
+
+
 def test_a_character_that_the_terminal_lacks_is_replaced():
     process = python("-c", SPEAK.format(text="β2 ± 1"), PYTHONIOENCODING="ascii", PYTHONPATH=str(ROOT))
     out, err = process.communicate(timeout=60)
@@ -78,3 +98,11 @@ def test_help_needs_neither_utf8_nor_docstrings(oapl):
     plain = oapl("train", "--help", PYTHONOPTIMIZE="2")
     assert plain.returncode == 0, plain.stderr
     assert "--schedule.lag (" in plain.stdout
+
+
+@pytest.mark.parametrize("words", [["train", "micro_offline.toml"], ["sft", "micro_sft.toml"]])
+def test_an_interpreter_without_docstrings_is_named(oapl, words):
+    """transformers fails while it is imported there."""
+    done = oapl(words[0], ROOT / "recipes" / words[1], PYTHONOPTIMIZE="2")
+    assert (done.returncode, done.stdout) == (BAD_INPUT, "")
+    assert done.stderr.startswith("error: transformers cannot be imported under python -OO")

@@ -1,13 +1,22 @@
 """JSON lines outlive a kill, damage is named, texts are replaced whole, and files follow umask."""
 
+import errno
 import json
 import os
 
 import pytest
 
 from oapl_engine import files
-from oapl_engine.errors import ConfigError
-from oapl_engine.files import append_jsonl, follow_umask, open_jsonl, read_json, read_jsonl, replace_text
+from oapl_engine.errors import ConfigError, RunError
+from oapl_engine.files import (
+    append_jsonl,
+    follow_umask,
+    name_disk_errors,
+    open_jsonl,
+    read_json,
+    read_jsonl,
+    replace_text,
+)
 
 TORN = [b'{"step": 3, "lo', b'{"step": 3}', b"\0" * 40, b'{"step": 3, "lo\n', b"[1]\n", b"\xff\xfe\n", b"\n"]
 
@@ -94,3 +103,13 @@ def test_files_follow_umask(tmp_path, umask, rights):
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()} == {rights}
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_file_of_another_user_is_named(tmp_path, number):
+    """As after one start with sudo, or on a disk that went read-only."""
+    file = str(tmp_path / "metrics.jsonl")
+    with pytest.raises(RunError, match=r"metrics\.jsonl: .*check who owns it"), name_disk_errors(tmp_path):
+        raise OSError(number, os.strerror(number), file)
+    with pytest.raises(OSError, match="a device"), name_disk_errors(tmp_path):
+        raise OSError(errno.EACCES, "a device")

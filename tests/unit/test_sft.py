@@ -13,7 +13,8 @@ from oapl_engine.data.task import load_task
 from oapl_engine.errors import ConfigError
 from oapl_engine.samples import Prompt
 from oapl_engine.sft import IGNORED, greedy_accuracy, pad_examples, run_sft
-from oapl_engine.sft_config import MicroModelConfig, SftRecipe, SftTrainConfig
+from oapl_engine.sft_config import MicroModelConfig, SftRecipe, SftTrainConfig, load_sft_recipe
+from tests.conftest import ROOT
 
 
 def recipe(out, steps=6, digits=3) -> SftRecipe:
@@ -88,6 +89,20 @@ def test_a_folder_with_other_files_is_not_written_over(tmp_path):
     with pytest.raises(ConfigError, match="is not a model folder"):
         run_sft(recipe(tmp_path))
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_is_named_at_the_start(tmp_path, capsys):
+    """Before the steps, whose work would be lost."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=r"model\.out = .*/file/micro: Not a directory"):
+        run_sft(recipe(tmp_path / "file" / "micro"))
+    assert "step" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("field", ["run.dir", "data.path"])
+def test_a_field_that_a_warm_start_does_not_read_is_refused(field):
+    with pytest.raises(ConfigError, match=f"{field} = 'x' has no effect in oapl sft"):
+        load_sft_recipe(ROOT / "recipes" / "micro_sft.toml", [f"--{field}", "x"])
 
 
 def test_an_example_longer_than_the_model_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from tokenizers.processors import TemplateProcessing
@@ -82,6 +83,25 @@ def test_ends_are_those_of_all_that_name_one(folder):
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="names no token that ends a response"):
         text.end_token_ids(folder(None, None), tokenizer)
+
+
+@pytest.mark.parametrize("ends", [-1, "<eos>", 2.0, [EOS, None], True])
+def test_ends_that_are_not_token_ids_are_named(folder, ends):
+    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id = "):
+        text.end_token_ids(folder(EOS, ends), micro_tokenizer())
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_damaged_generation_config_is_named(folder, content):
+    """It is not the same as none: its ends would be lost without a word."""
+    path = Path(folder(EOS, HASH), "generation_config.json")
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"generation_config\.json cannot be read"):
+        text.end_token_ids(str(path.parent), micro_tokenizer())
+
+
+def test_an_empty_list_names_no_end(folder):
+    assert text.end_token_ids(folder(HASH, []), micro_tokenizer()) == (EOS, HASH)
 
 
 @pytest.mark.parametrize("end", [EOS, HASH])

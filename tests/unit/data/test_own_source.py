@@ -21,6 +21,18 @@ def doubles(data):
 
 def nothing(data):
     return None
+
+def needs_more(data, seed):
+    return None
+
+def leaves(data):
+    raise SystemExit(0)
+
+def breaks(data):
+    return Source("breaks", 12, lambda i: 1 / 0, finite=False, verifier="exact")
+
+def returns_text(data):
+    return Source("returns_text", 12, str, finite=False, verifier="exact")
 """
 
 
@@ -54,3 +66,17 @@ def test_a_wrong_own_source_is_named():
         load_task(section("own_source:nothing"), 0, micro_tokenizer())
     with pytest.raises(ConfigError, match=r'mode = "offline" reads rollouts from'):
         check_source(section("own_source:doubles"), generates=False)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("needs_more", r'"own_source:needs_more" fails:(.|\n)*missing 1 required positional'),
+        ("leaves", r'"own_source:leaves" fails:(.|\n)*SystemExit: 0'),
+        ("breaks", r"problem\(0\) fails:(.|\n)*ZeroDivisionError"),
+        ("returns_text", r"problem\(0\) is '0', not a data.problem.Problem"),
+    ],
+)
+def test_a_failing_own_source_is_named(factory, message):
+    with pytest.raises(ConfigError, match=message):
+        load_task(section(f"own_source:{factory}"), 0, micro_tokenizer())

@@ -52,6 +52,40 @@ def test_bad_input(tmp_path):
         find_target(str(tmp_path / "run"))
 
 
+@pytest.mark.parametrize(
+    ("task", "words", "message"),
+    [
+        ("micro:sort", ["--evaluation.n", "2"], "use --n"),
+        ("micro:sort", ["--evaluation.k=[1]"], "use --k"),
+        ("micro:sort", ["--run.dir", "x"], "use --out"),
+        ("micro:sort", ["--model.path", "x"], "use MODEL_OR_RUN"),
+        ("micro:sort", ["--optimizer.learning_rate", "1e-3"], "optimizer.learning_rate has no effect"),
+        ("micro:sort", ["--objective.options.clip_low", "0.1"], "objective.options has no effect"),
+        ("micro:sort", ["--model.lora_rank", "2"], "model.lora_rank has no effect"),
+        ("micro:sort", ["--data.task", "addition"], "data.task has no effect in oapl eval with --task: use --task"),
+        ("jsonl:a.jsonl", ["--data.path", "b.jsonl"], "data.path has no effect in oapl eval with --task"),
+        ("micro:sort", ["--data.path", "b.jsonl"], r"data.path = 'b.jsonl' has no effect with data.source = \"micro\""),
+        ("jsonl:a.jsonl", ["--data.options.digits", "3"], "data.options = .* has no effect"),
+    ],
+)
+def test_an_override_that_changes_nothing_is_refused(task, words, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluation_recipe(["models/x"], [], task, 4, [1], words)
+
+
+def test_a_run_on_an_own_source_needs_no_task(tmp_path):
+    (tmp_path / "config.toml").write_text('[data]\nsource = "mine:problems"\n')
+    assert evaluation_recipe([str(tmp_path)], [], "", 4, [1], []).data.source == "mine:problems"
+
+
+def test_results_that_have_no_place_are_bad_input(problems, tmp_path, model_folder):
+    words = ["--data.template", "raw", "--sampling.max_new_tokens", "8", "--data.max_prompt_tokens", "10"]
+    target = Target("llama", str(model_folder("llama")))
+    recipe = evaluation_recipe([target.folder], [target], f"jsonl:{problems}", 1, [1], words)
+    with pytest.raises(ConfigError, match=r"--out: .*problems\.jsonl/llama cannot be made: Not a directory"):
+        compare.evaluate_targets([target], recipe, True, problems, print)
+
+
 def test_models_with_one_name_are_told_apart_by_their_paths():
     targets = [Target("micro", "models/micro"), Target("micro", "runs/micro/step_1", 1), Target("other", "x")]
     labels = [target.label for target in name_apart(targets, ["models/micro/", "runs/micro", "x"])]

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from oapl_engine.errors import RunError
-from oapl_engine.evaluation.evaluate import append_evaluation, compare, compare_rewards, evaluate, read_problems
+from oapl_engine.evaluation.evaluate import (
+    append_evaluation,
+    compare,
+    compare_rewards,
+    evaluate,
+    read_problems,
+    warn_of_scale,
+)
 from oapl_engine.inference.protocol import Sample, Sampling
 from oapl_engine.rewards import Verdict
 from oapl_engine.samples import Prompt
@@ -54,6 +61,14 @@ def test_partial_credit_and_invalid_samples_are_not_correct():
     assert result.invalid == (1, 1, 1)
     assert result.pass_at_k(1)[0] == pytest.approx(0.25)
     assert result.pass_at_k(4)[0] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(("correct", "warned"), [(1.0, False), (0.99, True), (0.5, True)])
+def test_rewards_on_a_larger_scale_are_said(correct, warned):
+    """As a percentage, of which 1 would count as correct."""
+    lines = warn_of_scale(run(correct=correct), correct)
+    assert bool(lines) == warned
+    assert all(f"evaluation.correct = {correct:g} counts as correct" in line for line in lines)
 
 
 def test_rewards_outside_0_to_1_have_a_mean_and_a_threshold():

@@ -116,6 +116,16 @@ def test_changed_contents_are_refused_by_name(make_recipe, tmp_path, monkeypatch
         pass
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"ranks": 1}', "{"])
+def test_a_damaged_file_of_what_binds_is_named(make_recipe, tmp_path, content):
+    with open_run(make_recipe(), ALONE) as run:
+        save_recipe(run)
+        run.log.append(plain_group(1))
+    (tmp_path / "run" / "bound.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"bound\.json is damaged"), open_run(make_recipe(), ALONE):
+        pass
+
+
 def test_other_package_versions_are_said(make_recipe, tmp_path, capsys):
     with open_run(make_recipe(), ALONE) as run:
         save_recipe(run)

@@ -62,6 +62,19 @@ def test_a_cause_is_named_with_its_figures(run, words, change):
     assert any(c.isdigit() for c in found.evidence)
 
 
+@pytest.mark.parametrize(("first", "last"), [(-5.0, -5.0), (-10.0, -2.0), (20.0, 60.0), (0.0, 0.0)])
+def test_rewards_of_any_scale_are_healthy(run, first, last):
+    """A penalty that shrinks, a percentage that grows, or no reward at all: none of them fell."""
+    assert diagnose(run(lambda s: {"reward/all/mean": first if s < 32 else last})) == []
+
+
+@pytest.mark.parametrize(("scale", "mean", "word"), [(100.0, 3.0, "hard"), (100.0, 97.0, "easy"), (1.0, -9.0, "hard")])
+def test_hard_and_easy_are_judged_by_what_counts_as_correct(run, scale, mean, word):
+    equal = {"filters/zero_variance": 0.9, "reward/all/mean": mean}
+    (found,) = diagnose(run(lambda _: equal, evaluation__correct=scale))
+    assert f"too {word}" in found.cause
+
+
 def test_an_uncorrected_objective_under_lag_is_named(run):
     (found,) = diagnose(run(objective__name="grpo", objective__options__corrected="false"))
     assert "for the policy's own" in found.cause

@@ -1,5 +1,6 @@
 """Verifiers: what is right, what is wrong, and what is neither."""
 
+import json
 import sys
 import types
 from decimal import Decimal
@@ -155,6 +156,16 @@ def test_what_is_no_finite_number_is_invalid(monkeypatch, returned):
     assert (verdict.status, verdict.detail["detail"]) == ("invalid", "why")
 
 
+def test_details_of_any_shape_are_kept_as_json(monkeypatch):
+    """Keys that JSON does not have, below the first level too, and a detail that holds itself."""
+    detail = {"by": [{(1, 2): {3: "x"}}], 4: 5}
+    detail["itself"] = detail
+    verdict = verdict_of(monkeypatch, lambda *_: (1.0, detail))
+    assert verdict.reward == 1.0
+    kept = json.loads(json.dumps(verdict.detail))
+    assert (kept["by"], kept["4"], kept["itself"]["4"]) == ([{"(1, 2)": {"3": "x"}}], 5, 5)
+
+
 OWN = """
 from oapl_engine.errors import ConfigError
 
@@ -178,5 +189,10 @@ def test_an_own_module_is_checked_before_anything_starts(monkeypatch, tmp_path):
         check_verifier("own_verifier:score", {})
     with pytest.raises(ConfigError, match=r'reward\.name = "own_verifier:scor" cannot be loaded: .*no attribute'):
         check_verifier("own_verifier:scor", {})
+    (tmp_path / "own_failing.py").write_text("score = 5\ndef check(*_): return 1\ndef check_options(o): 1 / 0\n")
+    with pytest.raises(ConfigError, match=r'"own_failing:score" is 5, not a function'):
+        check_verifier("own_failing:score", {})
+    with pytest.raises(ConfigError, match="check_options fails:"):
+        check_verifier("own_failing:check", {})
     with pytest.raises(ConfigError, match=r'reward\.name = "own_verifyer:score" cannot be loaded: No module named'):
         check_verifier("own_verifyer:score", {})

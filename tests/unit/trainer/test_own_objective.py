@@ -18,6 +18,11 @@ def halved(beta2, share=0.5):
 
 def nothing():
     return None
+
+def leaves():
+    raise SystemExit(0)
+
+number = 5
 """
 
 
@@ -54,6 +59,8 @@ def test_a_wrong_own_objective_is_named():
         "own_objective:halfed": r"cannot be loaded: .*no attribute",
         "own_objectiv:halved": "cannot be loaded: No module named",
         "own_objective:nothing": "made a NoneType: a factory returns",
+        "own_objective:leaves": r"fails:(.|\n)*SystemExit: 0",
+        "own_objective:number": "is 5, not a factory",
     }.items():
         with pytest.raises(ConfigError, match=rf'objective\.name = "{name}" {message}'):
             make_objective(section(name), 0.2)
