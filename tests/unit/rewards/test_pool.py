@@ -82,7 +82,7 @@ def test_unknown_names_are_refused_before_a_worker_sees_them(pool):
 
 @pytest.mark.parametrize("name", ["sleeps", "backtracks"])
 def test_a_hanging_verifier_is_killed_and_invalid(name):
-    with closing(VerifierPool(1, timeout_seconds=0.3)) as pool:
+    with VerifierPool(1, timeout_seconds=0.3) as pool:
         verdict = ask(pool, bad(name), "1", RECORD)
         assert (verdict.status, verdict.reward) == ("invalid", None)
         assert "0.3 s (reward.timeout_seconds)" in verdict.detail["reason"]
