@@ -8,6 +8,7 @@ limits. VLLM_SERVER_DEV_MODE and other variables of vLLM's server are not read: 
 import importlib.util
 import os
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -58,6 +59,8 @@ def engine_environment(site: Mapping[str, str], options: EngineOptions, folder: 
     one_process = options.tensor_parallel == 1
     environment = {name: value for name, value in site.items() if name not in REMOVED} | SET
     environment |= {"TMPDIR": folder, "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if one_process else "1"}
+    # kept from one engine to the next; by default it is in TMPDIR, which lives as long as the start
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}")
     # a transport of the user's own lies beside the recipe, or where the trainer was started
     environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     if "VLLM_PLUGINS" in site:  # a list of those that are loaded: ours is needed too
