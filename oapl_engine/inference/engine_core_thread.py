@@ -44,6 +44,7 @@ class ThreadCore(EngineCoreProc):
         self.frontend_stats_publish_address = None
         self.last_counts = (0, 0)
         self.process_input_queue_block = True
+        self.reject_new_requests = False  # read by vLLM 0.33
         EngineCore.__init__(self, vllm_config, executor_class, log_stats)
 
 
