@@ -28,6 +28,11 @@ SET = {
     "TOKENIZERS_PARALLELISM": "false",  # the engine gets token ids
     "PYTHONUTF8": "1",  # files of models are UTF-8, whatever the terminal is
 }
+FLOAT32_ON_GPU = {  # what reads these computes float32 products in TF32 otherwise, or where a site says so
+    "TRITON_F32_DEFAULT": "ieee",  # vLLM's only attention in float32 is Triton's, which leaves the choice to it
+    "NVIDIA_TF32_OVERRIDE": "0",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0",
+}
 REMOVED = (
     "PYTHONOPTIMIZE",  # vLLM and transformers read docstrings and rely on asserts
     "PYTHONWARNINGS",  # with "error" their imports fail
@@ -54,8 +59,12 @@ REMOVED = (
 )
 
 
-def engine_environment(site: Mapping[str, str], options: EngineOptions, folder: str) -> dict[str, str]:
-    """What the engine process starts with where the site's environment is `site`. folder: for its temporary files."""
+def engine_environment(site: Mapping[str, str], options: EngineOptions, folder: str, gpus: int) -> dict[str, str]:
+    """What the engine process starts with where the site's environment is `site`.
+
+    folder:  for its temporary files
+    gpus:    that this process sees; 0: the engine runs on CPU
+    """
     one_process = options.tensor_parallel == 1
     environment = {name: value for name, value in site.items() if name not in REMOVED} | SET
     environment |= {"TMPDIR": folder, "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if one_process else "1"}
@@ -66,8 +75,10 @@ def engine_environment(site: Mapping[str, str], options: EngineOptions, folder: 
     if "VLLM_PLUGINS" in site:  # a list of those that are loaded: ours is needed too
         theirs = [name for name in site["VLLM_PLUGINS"].split(",") if name not in ("", ENTRY_POINT)]
         environment["VLLM_PLUGINS"] = ",".join([*theirs, ENTRY_POINT])
-    if not os.path.exists("/dev/nvidia0"):
-        environment["TORCHDYNAMO_DISABLE"] = "1"  # CPU: else vLLM's sampler compiles C++ at the first request (16 s)
+    if not gpus:
+        environment["TORCHDYNAMO_DISABLE"] = "1"  # else vLLM's sampler compiles C++ at the first request (16 s)
+    elif options.dtype == "float32":
+        environment |= FLOAT32_ON_GPU
     cores = sorted(options.cores or os.sched_getaffinity(0))
     if not one_process:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = _binding(site, cores, options.tensor_parallel)

@@ -46,7 +46,7 @@ def test_temporary_files_can_be_made_while_it_serves(ranks, tmp_path, monkeypatc
 
 def test_compiled_code_outlives_the_temporary_folder(monkeypatch):
     """PyTorch keeps it in TMPDIR unless it is told, and makes that anew where it is gone."""
-    place = engine_environment({}, EngineOptions("model"), "/folder")["TORCHINDUCTOR_CACHE_DIR"]
+    place = engine_environment({}, EngineOptions("model"), "/folder", 0)["TORCHINDUCTOR_CACHE_DIR"]
     assert place.startswith(tempfile.gettempdir())
-    own = engine_environment({"TORCHINDUCTOR_CACHE_DIR": "/cache"}, EngineOptions("model"), "/folder")
+    own = engine_environment({"TORCHINDUCTOR_CACHE_DIR": "/cache"}, EngineOptions("model"), "/folder", 0)
     assert own["TORCHINDUCTOR_CACHE_DIR"] == "/cache"
