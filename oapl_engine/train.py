@@ -46,7 +46,7 @@ def run_recipe(recipe: Recipe) -> int:
     raises ConfigError."""
     inbox: queue.SimpleQueue[e.Event] = queue.SimpleQueue()
     with ExitStack() as stack:
-        run = stack.enter_context(open_run(recipe, join_ranks()))
+        run = stack.enter_context(open_run(recipe, join_ranks(recipe.rollout.tensor_parallel)))
         # what is asked or read comes before the weights, which take far longer to load
         questions = prepare_questions(run) if recipe.schedule.traits.generates else None
         file = None if questions else read_recipe_rollouts(run)

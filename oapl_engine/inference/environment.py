@@ -1,8 +1,8 @@
 """The environment of the engine process: what a site sets for other work must not change what the engine assumes.
 
-What is not named here stays the site's: devices (CUDA_VISIBLE_DEVICES, VLLM_TARGET_DEVICE), caches (HF_HOME,
-VLLM_CACHE_ROOT), networks (NCCL_*, GLOO_*), kernels (VLLM_BATCH_INVARIANT, VLLM_KV_CACHE_LAYOUT, VLLM_ROCM_*), and
-limits. VLLM_SERVER_DEV_MODE and other variables of vLLM's server are not read: there is no server.
+What is not named here stays the site's: devices (VLLM_TARGET_DEVICE; the rank's own of CUDA_VISIBLE_DEVICES), caches
+(HF_HOME, VLLM_CACHE_ROOT), networks (NCCL_*, GLOO_*), kernels (VLLM_BATCH_INVARIANT, VLLM_KV_CACHE_LAYOUT,
+VLLM_ROCM_*), and limits. VLLM_SERVER_DEV_MODE and other variables of vLLM's server are not read: there is no server.
 """
 
 import importlib.util
@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from oapl_engine.distributed import own_gpus
 from oapl_engine.errors import RunError
 from oapl_engine.inference.options import EngineOptions
 from oapl_engine.weights.receiver import ENTRY_POINT
@@ -64,6 +65,8 @@ def engine_environment(site: Mapping[str, str], options: EngineOptions, folder: 
 
     folder:  for its temporary files
     gpus:    that this process sees; 0: the engine runs on CPU
+
+    Raises RunError where this rank's GPUs are not among them.
     """
     one_process = options.tensor_parallel == 1
     environment = {name: value for name, value in site.items() if name not in REMOVED} | SET
@@ -77,12 +80,22 @@ def engine_environment(site: Mapping[str, str], options: EngineOptions, folder: 
         environment["VLLM_PLUGINS"] = ",".join([*theirs, ENTRY_POINT])
     if not gpus:
         environment["TORCHDYNAMO_DISABLE"] = "1"  # else vLLM's sampler compiles C++ at the first request (16 s)
-    elif options.dtype == "float32":
-        environment |= FLOAT32_ON_GPU
+    else:
+        environment["CUDA_VISIBLE_DEVICES"] = _devices(site, gpus, options.tensor_parallel)
+        if options.dtype == "float32":
+            environment |= FLOAT32_ON_GPU
     cores = sorted(options.cores or os.sched_getaffinity(0))
     if not one_process:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = _binding(site, cores, options.tensor_parallel)
     return environment | _openmp(site, len(cores))
+
+
+def _devices(site: Mapping[str, str], gpus: int, ranks: int) -> str:
+    """This rank's own entries of the site's list: vLLM takes the first that it sees, and torchrun shows all to all."""
+    listed = site.get("CUDA_VISIBLE_DEVICES")
+    visible = [str(number) for number in range(gpus)] if listed is None else listed.split(",")
+    own = own_gpus(site, min(gpus, len(visible)), ranks)
+    return ",".join(visible[own.start : own.stop])
 
 
 def _binding(site: Mapping[str, str], cores: list[int], ranks: int) -> str:
