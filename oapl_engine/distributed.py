@@ -7,6 +7,7 @@ import atexit
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import msgspec
@@ -15,6 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from oapl_engine.errors import RunError
+
+# A rank waits as long as another evaluates, generates its share or restarts its engine, which may be hours; PyTorch's
+# own limits, 30 minutes over gloo and 10 over NCCL, would end the run. A rank that dies is torchrun's to notice.
+LONGEST_WAIT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,10 @@ def own_gpus(environment: Mapping[str, str], visible: int, each: int) -> range:
 
 
 def join_ranks(gpus: int = 1) -> Ranks:
-    """The ranks that torchrun started, joined; ALONE without torchrun or with one process. gpus: of each rank."""
+    """The ranks that torchrun started, joined; ALONE without torchrun or with one process. gpus: of each rank.
+
+    Calls of Ranks raise torch.distributed's errors where another rank is gone, or does not answer in LONGEST_WAIT.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return ALONE
@@ -86,6 +94,6 @@ def join_ranks(gpus: int = 1) -> Ranks:
     # torchrun's store outlives a restart of its ranks: an attempt without a name of its own reads addresses of the dead
     store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=LONGEST_WAIT)
     atexit.register(dist.destroy_process_group)  # else gloo's threads may abort a run that is done
     return Ranks(dist.get_rank(), world)

@@ -1,5 +1,7 @@
 """Ranks on a machine with GPUs, without any: which device each takes, and how it joins the others."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,3 +31,9 @@ def test_a_trainer_takes_the_first_gpu_of_its_engine(joined, gpus, device):
     """A publish is read on the trainer's device, which the engine must see; no other rank's engine is there."""
     assert join_ranks(gpus) == Ranks(1, 2)
     assert joined["device"] == device
+
+
+def test_a_rank_waits_while_another_evaluates(joined):
+    """PyTorch's own limit is 30 minutes, and an evaluation may take hours."""
+    join_ranks()
+    assert joined["timeout"] == distributed.LONGEST_WAIT >= timedelta(hours=12)
