@@ -11,7 +11,7 @@ class EngineOptions(msgspec.Struct, frozen=True):
     tensor_parallel:  devices (CPU: processes) that the engine is split over
     max_model_len:    tokens, prompt and response
     kv_cache_mb:      MiB of KV cache on CPU
-    memory_share:     of a GPU's memory
+    memory_share:     of a GPU's memory, which must be free when the engine starts
     seed:             of generation
     cores:            CPU core ids to stay on; empty: all
     incarnation:      counts restarts

@@ -23,6 +23,8 @@ from oapl_engine.samples import Prompt
 DRAIN_SECONDS = 60.0  # verdicts of samples that a dead engine had finished
 MAX_RESTARTS = 3  # deaths in a row, without a trainable group in between, that end the run
 
+ALONE, SHARED = 0.85, 0.4  # of a GPU, for an engine that takes turns there with the trainer, or that shares it
+
 
 class EngineSession:
     """One engine process that this process owns, from start to close; a context manager.
@@ -153,7 +155,7 @@ def recipe_engine_options(recipe: Recipe, model: str, max_model_len: int, **othe
         tensor_parallel=rollout.tensor_parallel,
         max_model_len=max_model_len,
         kv_cache_mb=rollout.kv_cache_mb,
-        memory_share=rollout.memory_share,
+        memory_share=rollout.memory_share or (SHARED if recipe.schedule.traits.overlaps else ALONE),
         **others,
     )
 
