@@ -95,7 +95,9 @@ class RolloutConfig:
 
     tensor_parallel: int = setting(1, "devices (CPU: processes) that an engine is split over", ge=1)
     engine_dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: the model's dtype")
-    memory_share: float = setting(0.85, "share of a GPU the engine may use; CPU: see kv_cache_mb", gt=0, lt=1)
+    memory_share: float = setting(
+        0.0, "share of a GPU the engine may use; 0: 0.85, or 0.4 in async; CPU: see kv_cache_mb", ge=0, lt=1
+    )
     kv_cache_mb: int = setting(1024, "MiB of KV cache on CPU (vLLM rounds up to GiB)", ge=64)
 
 

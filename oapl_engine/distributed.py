@@ -5,14 +5,21 @@ Every rank runs the same program. Messages travel over gloo as tensors; nothing 
 
 import atexit
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from oapl_engine.errors import RunError
+
+# A rank waits as long as another evaluates, generates its share or restarts its engine, which may be hours; PyTorch's
+# own limits, 30 minutes over gloo and 10 over NCCL, would end the run. A rank that dies is torchrun's to notice.
+LONGEST_WAIT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -58,17 +65,35 @@ class Ranks:
 ALONE = Ranks()
 
 
-def join_ranks() -> Ranks:
-    """The ranks that torchrun started, joined; ALONE without torchrun or with one process."""
+def own_gpus(environment: Mapping[str, str], visible: int, each: int) -> range:
+    """Which of the `visible` GPUs of this machine are this rank's: the `each` that its engine is split over.
+
+    Its trainer uses the first of them. Raises RunError where there are not enough.
+    """
+    local = int(environment["LOCAL_RANK"]) if environment.get("WORLD_SIZE", "1") != "1" else 0
+    own = range(local * each, (local + 1) * each)
+    if own.stop > visible:
+        raise RunError(
+            f"rank {local} of this machine needs GPUs {own.start} to {own.stop - 1}, and {visible} are visible: start "
+            "fewer ranks (--nproc-per-node), lower rollout.tensor_parallel, or see CUDA_VISIBLE_DEVICES"
+        )
+    return own
+
+
+def join_ranks(gpus: int = 1) -> Ranks:
+    """The ranks that torchrun started, joined; ALONE without torchrun or with one process. gpus: of each rank.
+
+    Calls of Ranks raise torch.distributed's errors where another rank is gone, or does not answer in LONGEST_WAIT.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return ALONE
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own_gpus(os.environ, torch.cuda.device_count(), gpus).start)
     store, rank, world = next(dist.rendezvous("env://"))
     # torchrun's store outlives a restart of its ranks: an attempt without a name of its own reads addresses of the dead
     store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=LONGEST_WAIT)
     atexit.register(dist.destroy_process_group)  # else gloo's threads may abort a run that is done
     return Ranks(dist.get_rank(), world)

@@ -31,7 +31,8 @@ def check_weights(folder: str) -> str | None:
     Prints the last line that docs/formats.md promises. Raises ConfigError for a folder that does not hold a model.
     """
     begin = time.monotonic()
-    policy = load_policy(config.ModelConfig(path=folder), config.TrainConfig())
+    # on the host: it computes nothing, and the engine asks for most of a GPU
+    policy = load_policy(config.ModelConfig(path=folder), config.TrainConfig(), torch.device("cpu"))
     with tempfile.TemporaryDirectory(prefix="oapl-doctor-") as scratch:
         perturbed = Path(scratch, "perturbed")
         try:

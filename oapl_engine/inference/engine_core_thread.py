@@ -33,6 +33,8 @@ class Outputs:
 class ThreadCore(EngineCoreProc):
     """EngineCoreProc with its queues and busy loop, without sockets and handshakes."""
 
+    reject_new_requests = False  # read by vLLM 0.33
+
     def __init__(self, vllm_config: Any, executor_class: Any, log_stats: bool, outputs: Outputs) -> None:
         self.input_queue: queue.Queue[Any] = queue.Queue()
         self.output_queue = outputs  # type: ignore[assignment]

@@ -13,6 +13,7 @@ import signal
 import socket
 import struct
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -51,6 +52,13 @@ def remove_traces(folder: str) -> None:
         for segment in Path("/dev/shm").glob(f"{store.name}-*"):
             segment.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def leave_folder(folder: str) -> None:
+    """Temporary files go where the owner's go from now on: compilers need a place whenever a kernel is first used. Our
+    folder is removed while we can: a process that is killed removes nothing."""
+    os.environ["TMPDIR"] = tempfile.tempdir = str(Path(folder).parent)
+    remove_traces(folder)
 
 
 def watch_owner(owner: int, folder: str) -> None:
@@ -103,7 +111,7 @@ async def run(options: ProcessOptions) -> None:
     check_peer(connection)
     llm, on_cpu = await start_llm(options.engine)
     if options.engine.tensor_parallel == 1:
-        remove_traces(options.folder)
+        leave_folder(options.folder)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # covers a process that is stopped or stuck
     await serve(EngineServer(llm, options.engine, on_cpu), connection)
 

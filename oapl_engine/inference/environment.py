@@ -1,16 +1,18 @@
 """The environment of the engine process: what a site sets for other work must not change what the engine assumes.
 
-What is not named here stays the site's: devices (CUDA_VISIBLE_DEVICES, VLLM_TARGET_DEVICE), caches (HF_HOME,
-VLLM_CACHE_ROOT), networks (NCCL_*, GLOO_*), kernels (VLLM_BATCH_INVARIANT, VLLM_KV_CACHE_LAYOUT, VLLM_ROCM_*), and
-limits. VLLM_SERVER_DEV_MODE and other variables of vLLM's server are not read: there is no server.
+What is not named here stays the site's: devices (VLLM_TARGET_DEVICE; the rank's own of CUDA_VISIBLE_DEVICES), caches
+(HF_HOME, VLLM_CACHE_ROOT), networks (NCCL_*, GLOO_*), kernels (VLLM_BATCH_INVARIANT, VLLM_KV_CACHE_LAYOUT,
+VLLM_ROCM_*), and limits. VLLM_SERVER_DEV_MODE and other variables of vLLM's server are not read: there is no server.
 """
 
 import importlib.util
 import os
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from oapl_engine.distributed import own_gpus
 from oapl_engine.errors import RunError
 from oapl_engine.inference.options import EngineOptions
 from oapl_engine.weights.receiver import ENTRY_POINT
@@ -26,6 +28,11 @@ SET = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has threads, and a fork of them may hang
     "TOKENIZERS_PARALLELISM": "false",  # the engine gets token ids
     "PYTHONUTF8": "1",  # files of models are UTF-8, whatever the terminal is
+}
+FLOAT32_ON_GPU = {  # what reads these computes float32 products in TF32 otherwise, or where a site says so
+    "TRITON_F32_DEFAULT": "ieee",  # vLLM's only attention in float32 is Triton's, which leaves the choice to it
+    "NVIDIA_TF32_OVERRIDE": "0",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0",
 }
 REMOVED = (
     "PYTHONOPTIMIZE",  # vLLM and transformers read docstrings and rely on asserts
@@ -53,22 +60,42 @@ REMOVED = (
 )
 
 
-def engine_environment(site: Mapping[str, str], options: EngineOptions, folder: str) -> dict[str, str]:
-    """What the engine process starts with where the site's environment is `site`. folder: for its temporary files."""
+def engine_environment(site: Mapping[str, str], options: EngineOptions, folder: str, gpus: int) -> dict[str, str]:
+    """What the engine process starts with where the site's environment is `site`.
+
+    folder:  for its temporary files
+    gpus:    that this process sees; 0: the engine runs on CPU
+
+    Raises RunError where this rank's GPUs are not among them.
+    """
     one_process = options.tensor_parallel == 1
     environment = {name: value for name, value in site.items() if name not in REMOVED} | SET
     environment |= {"TMPDIR": folder, "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if one_process else "1"}
+    # kept from one engine to the next; by default it is in TMPDIR, which lives as long as the start
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}")
     # a transport of the user's own lies beside the recipe, or where the trainer was started
     environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     if "VLLM_PLUGINS" in site:  # a list of those that are loaded: ours is needed too
         theirs = [name for name in site["VLLM_PLUGINS"].split(",") if name not in ("", ENTRY_POINT)]
         environment["VLLM_PLUGINS"] = ",".join([*theirs, ENTRY_POINT])
-    if not os.path.exists("/dev/nvidia0"):
-        environment["TORCHDYNAMO_DISABLE"] = "1"  # CPU: else vLLM's sampler compiles C++ at the first request (16 s)
+    if not gpus:
+        environment["TORCHDYNAMO_DISABLE"] = "1"  # else vLLM's sampler compiles C++ at the first request (16 s)
+    else:
+        environment["CUDA_VISIBLE_DEVICES"] = _devices(site, gpus, options.tensor_parallel)
+        if options.dtype == "float32":
+            environment |= FLOAT32_ON_GPU
     cores = sorted(options.cores or os.sched_getaffinity(0))
     if not one_process:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = _binding(site, cores, options.tensor_parallel)
     return environment | _openmp(site, len(cores))
+
+
+def _devices(site: Mapping[str, str], gpus: int, ranks: int) -> str:
+    """This rank's own entries of the site's list: vLLM takes the first that it sees, and torchrun shows all to all."""
+    listed = site.get("CUDA_VISIBLE_DEVICES")
+    visible = [str(number) for number in range(gpus)] if listed is None else listed.split(",")
+    own = own_gpus(site, min(gpus, len(visible)), ranks)
+    return ",".join(visible[own.start : own.stop])
 
 
 def _binding(site: Mapping[str, str], cores: list[int], ranks: int) -> str:

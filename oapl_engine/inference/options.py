@@ -10,9 +10,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
     dtype:            "float32" | "bfloat16"
     tensor_parallel:  devices (CPU: processes) that the engine is split over
     max_model_len:    tokens, prompt and response
-    max_num_seqs:     samples that run at the same time
     kv_cache_mb:      MiB of KV cache on CPU
-    memory_share:     of a GPU's memory
+    memory_share:     of a GPU's memory, which must be free when the engine starts
     seed:             of generation
     cores:            CPU core ids to stay on; empty: all
     incarnation:      counts restarts
@@ -25,7 +24,6 @@ class EngineOptions(msgspec.Struct, frozen=True):
     dtype: str = "float32"
     tensor_parallel: int = 1
     max_model_len: int = 1024
-    max_num_seqs: int = 256
     kv_cache_mb: int = 1024
     memory_share: float = 0.85
     seed: int = 0

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import msgspec
 import psutil
+import torch
 
 from oapl_engine.errors import RunError
 from oapl_engine.inference import protocol
@@ -116,7 +117,7 @@ class Engine:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=engine_environment(os.environ, self.options, self._folder),
+                env=engine_environment(os.environ, self.options, self._folder, torch.cuda.device_count()),
                 pass_fds=[fd],
                 start_new_session=True,
             )

@@ -140,10 +140,13 @@ class Learner:
         return None if self.run.journal.uses() else explain_untrained(self.ledger)
 
     def _move(self, device: torch.device) -> None:
-        moved = move_trainer(self.policy, self.optimizer, device)
+        attention = self.run.model.attention if device.type == "cuda" else "sdpa"
+        moved = 0
+        for policy, optimizer in ((self.policy, self.optimizer), (self.reference, None)):
+            if policy is not None and policy.device != device:
+                moved += move_trainer(policy, optimizer, device)
+                policy.kernel = attention_kernel(attention, device, policy.matmul_dtype)
         if moved:
-            attention = self.run.model.attention if device.type == "cuda" else "sdpa"
-            self.policy.kernel = attention_kernel(attention, device, self.policy.matmul_dtype)
             self.run.display.show_phase("move", f"{moved / 2**30:.1f} GiB of trainer state to {device.type}")
 
     def _optimize(self, step: int, selection: StepSelection) -> StepResult | None:

@@ -33,7 +33,13 @@ from oapl_engine.scheduler.driver import Handler
 from oapl_engine.stopwatch import Stopwatch
 
 # Fields that may change when a run resumes.
-MAY_CHANGE_ON_RESUME = (("run", "dir"), ("run", "threads"), ("report", "tensorboard"), ("report", "wandb"))
+MAY_CHANGE_ON_RESUME = (
+    ("run", "dir"),
+    ("run", "threads"),
+    ("rollout", "memory_share"),
+    ("report", "tensorboard"),
+    ("report", "wandb"),
+)
 
 
 @dataclasses.dataclass

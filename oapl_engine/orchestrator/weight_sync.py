@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,12 +24,14 @@ from oapl_engine.weights.attest import TOLERANCE, ProbePrompts, WeightMismatchEr
 from oapl_engine.weights.publish import Publisher
 from oapl_engine.weights.transports import Buckets, make_buckets
 
+PROBE_TOKENS = 128  # of a response: enough for every weight to matter; both sides score them at each publish
+
 
 class WeightSync:
     """Packs, sends, checks and attests versions. What generation does meanwhile is the scheduler's Pause and Resume.
 
     run, session, policy, events:  what it works with
-    sampling:                      how the probes' responses are drawn
+    sampling:                      how the probes' responses are drawn, of which they have at most PROBE_TOKENS tokens
     probe_token_ids:               prompts with one response each, whose log-probs attest that new weights are used
     probe_logprobs:                the trainer's, remembered while the policy was on its device
     """
@@ -115,7 +118,8 @@ class WeightSync:
         """Token ids of the probes: prompts and a response of the start model to each; kept for resumes."""
         path = self.run.directory / f"probe{self.run.ranks.suffix}.json"
         if not path.exists():
-            groups = self.session.generate(prompts, 1, self.sampling)
+            shorter = min(self.sampling.max_new_tokens, PROBE_TOKENS)
+            groups = self.session.generate(prompts, 1, msgspec.structs.replace(self.sampling, max_new_tokens=shorter))
             responses = [group[0].ids().tolist() for group in groups]
             self.run.count_evaluation_tokens(self.session)
             pairs = zip(prompts, responses, strict=True)

@@ -9,9 +9,10 @@ from torch import Tensor
 from oapl_engine.trainer.policy import Policy
 
 
-def move_trainer(policy: Policy, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
+def move_trainer(policy: Policy, optimizer: torch.optim.Optimizer | None, device: torch.device) -> int:
     """Move all of it to `device`, where the policy then computes; returns the bytes that moved, 0 if it is there.
 
+    optimizer: None for a policy that is not trained
     Parameters keep their identity (optimizer, tied weights, compiled layers).
     """
     if policy.device == device:
@@ -21,7 +22,7 @@ def move_trainer(policy: Policy, optimizer: torch.optim.Optimizer, device: torch
         tensor.grad = None
         tensor.data = move_tensor(tensor.data, device)
         moved += tensor.nbytes
-    for state in optimizer.state.values():
+    for state in optimizer.state.values() if optimizer else ():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.dim():  # step counts are scalars: they stay
                 state[name] = move_tensor(value, device)

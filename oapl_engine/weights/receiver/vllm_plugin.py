@@ -14,8 +14,10 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.v1.worker.gpu_worker import Worker
 
 from oapl_engine.weights.receiver.layer_check import LayerCheck
+from oapl_engine.weights.receiver.mix_guard import refusing_a_mix
 from oapl_engine.weights.receiver.update import InPlaceUpdate
 
 
@@ -47,7 +49,7 @@ class InPlaceWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.update = InPlaceUpdate(self.model, torch.distributed.get_rank())
-        self.model.register_forward_pre_hook(self._refuse_a_mix)
+        Worker.execute_model = refusing_a_mix(Worker.execute_model)  # type: ignore[method-assign]
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self.update.init(init_info.manifest, init_info.layout, init_info.buffers)
@@ -68,11 +70,6 @@ class InPlaceWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def shutdown(self) -> None:
         self.update.close()
-
-    def _refuse_a_mix(self, *_: Any) -> None:
-        """A paused server that is resumed in the middle of an update dies: it never gives tokens of two versions."""
-        if self.update.state != "complete":
-            raise RuntimeError("weights are incomplete: publish a complete version before generating")
 
 
 class WeightReport:

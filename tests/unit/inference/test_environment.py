@@ -1,13 +1,16 @@
 """A site's environment does not change what the engine assumes, and what the site may choose is passed on."""
 
+import importlib.util
 import os
 import tomllib
+from pathlib import Path
 
 import pytest
 
+from oapl_engine.distributed import own_gpus
 from oapl_engine.errors import RunError
 from oapl_engine.inference import environment
-from oapl_engine.inference.environment import REMOVED, SET, check_site_variables, engine_environment
+from oapl_engine.inference.environment import FLOAT32_ON_GPU, REMOVED, SET, check_site_variables, engine_environment
 from oapl_engine.inference.options import EngineOptions
 from oapl_engine.weights.receiver import ENTRY_POINT
 from tests.conftest import ROOT
@@ -16,8 +19,8 @@ ONE = EngineOptions("model", cores=(3, 1, 2, 0))
 TWO = EngineOptions("model", tensor_parallel=2, cores=(3, 1, 2, 0))
 
 
-def started(site, options=ONE):
-    return engine_environment(site, options, "/folder")
+def started(site, options=ONE, gpus=0):
+    return engine_environment(site, options, "/folder", gpus)
 
 
 def test_the_entry_point_is_the_projects():
@@ -48,6 +51,56 @@ def test_what_the_site_may_choose_is_passed_on():
     names = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "NCCL_DEBUG", "VLLM_BATCH_INVARIANT", "http_proxy")
     site = dict.fromkeys(names, "site's")
     assert site.items() <= started(site).items()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gpus", "exact"), [("float32", 1, True), ("bfloat16", 1, False), ("float32", 0, False)]
+)
+def test_a_float32_engine_on_a_gpu_computes_in_float32(dtype, gpus, exact):
+    """vLLM's attention leaves the precision of its products to Triton, whose default is TF32: too far from the
+    trainer's log-probs for the probe prompts."""
+    site = {"TRITON_F32_DEFAULT": "tf32", "NVIDIA_TF32_OVERRIDE": "1", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    found = started(site, EngineOptions("model", dtype), gpus)
+    assert {name: found[name] for name in site} == (FLOAT32_ON_GPU if exact else site)
+
+
+def test_triton_reads_its_precision_from_the_environment():
+    """A renamed variable would be set in vain."""
+    knobs = Path(importlib.util.find_spec("triton").origin).with_name("knobs.py").read_text(encoding="utf-8")
+    assert 'env_opt_str("TRITON_F32_DEFAULT")' in knobs
+
+
+@pytest.mark.parametrize(
+    ("listed", "gpus", "rank", "world", "own"),
+    [
+        (None, 8, None, 1, "0"),
+        (None, 8, 3, 8, "3"),
+        ("4,5,6,7", 4, 1, 4, "5"),
+        ("GPU-a,GPU-b", 2, 1, 2, "GPU-b"),
+        ("2,3", 2, 1, 1, "2"),
+        ("", 0, 1, 2, ""),
+    ],
+)
+def test_each_ranks_engine_has_a_gpu_of_its_own(listed, gpus, rank, world, own):
+    """torchrun shows all GPUs to all ranks, and vLLM takes the first that it sees."""
+    site = {"WORLD_SIZE": str(world)}
+    site |= {"LOCAL_RANK": str(rank)} if rank is not None else {}
+    site |= {"CUDA_VISIBLE_DEVICES": listed} if listed is not None else {}
+    assert started(site, gpus=gpus)["CUDA_VISIBLE_DEVICES"] == own
+
+
+def test_each_rank_of_a_split_engine_has_a_gpu_of_its_own():
+    """The first of its engine's GPUs is the trainer's too: a publish must be visible to the engine."""
+    site = {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "7,6,5,4"}
+    assert started(site, TWO, gpus=4)["CUDA_VISIBLE_DEVICES"] == "5,4"
+    assert own_gpus(site, 4, 2).start == 2
+    with pytest.raises(RunError, match="rank 1 of this machine needs GPUs 2 to 3, and 3 are visible"):
+        started(site, TWO, gpus=3)
+
+
+def test_nothing_is_compiled_on_cpu_only():
+    assert started({})["TORCHDYNAMO_DISABLE"] == "1"
+    assert "TORCHDYNAMO_DISABLE" not in started({}, gpus=1)
 
 
 def test_modules_that_the_trainer_finds_are_found(monkeypatch):

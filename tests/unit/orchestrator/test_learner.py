@@ -5,9 +5,11 @@ import torch
 
 from oapl_engine.distributed import Ranks
 from oapl_engine.errors import ConfigError
+from oapl_engine.orchestrator import learner as learner_module
 from oapl_engine.orchestrator.learner import Learner
 from oapl_engine.report.metrics import read_metrics
 from oapl_engine.scheduler import events as e
+from oapl_engine.trainer import offload
 from tests.support.rollouts import random_group
 
 KEYS = ("0.p0.0", "0.p1.0")
@@ -141,3 +143,24 @@ def test_the_reference_is_the_start_model(make_learner):
     assert learner.reference is None
     learner.train(e.Train(1, KEYS))
     assert equal(start, dict(learner.reference.model.named_parameters()))
+
+
+def test_the_reference_leaves_the_device_too(make_learner, monkeypatch):
+    """What stays there is missing when the engine takes its memory back. Bytes are counted, on one device here."""
+    moved = []
+    monkeypatch.setattr(offload, "move_tensor", lambda tensor, device: moved.append((device, tensor.nbytes)) or tensor)
+    monkeypatch.setattr(learner_module, "attention_kernel", lambda attention, device, dtype: (attention, device.type))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    learner = make_learner("--objective.reference_coefficient", 0.1)
+    learner.train(e.Train(1, KEYS))
+    policies = (learner.policy, learner.reference)
+    parameters = sum(p.nbytes for p in learner.reference.model.parameters())
+    for device in (torch.device("cuda", 0), torch.device("cpu")):
+        moved.clear()
+        learner._move(device)
+        assert sum(size for where, size in moved if where == device) >= (1 + 2 + 1) * parameters, "with two moments"
+        assert {policy.device for policy in policies} == {device}
+        assert {policy.kernel[1] for policy in policies} == {device.type}
+        count = len(moved)
+        learner._move(device)
+        assert len(moved) == count, "it is there already"

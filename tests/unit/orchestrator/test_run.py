@@ -27,8 +27,8 @@ def test_another_recipe_is_refused_by_its_field(make_recipe):
         open_run(make_recipe("--schedule.lag", 8), ALONE),
     ):
         pass
-    with open_run(make_recipe("--run.threads", 2), ALONE) as resumed:
-        assert resumed.recipe.run.threads == 2
+    with open_run(make_recipe("--run.threads", 2, "--rollout.memory_share", 0.5), ALONE) as resumed:
+        assert (resumed.recipe.run.threads, resumed.recipe.rollout.memory_share) == (2, 0.5)
 
 
 def test_bad_input_leaves_the_directory_unbound(make_recipe):
