@@ -82,7 +82,8 @@ def run_recipe(recipe: Recipe) -> int:
 
 @contextmanager
 def stop_on_signal(inbox: "queue.SimpleQueue[e.Event]") -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask for a clean checkpoint; a second one stops immediately."""
+    """Ctrl-C, SIGTERM and the end of the terminal ask for a clean checkpoint; a second one stops immediately. A signal
+    that is ignored stays so: nohup."""
 
     def ask(number: int, _: object) -> None:
         inbox.put(e.Stop())
@@ -90,7 +91,9 @@ def stop_on_signal(inbox: "queue.SimpleQueue[e.Event]") -> Iterator[None]:
         with suppress(OSError):  # the same Ctrl-C ended what read our stderr, such as `tee`
             os.write(2, b"stopping after a checkpoint; once more stops immediately\n")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in heard}
     try:
         yield
     finally:

@@ -151,6 +151,12 @@ def _bind_on_all(directory: Path, recipe: Recipe, ranks: Ranks, display: Display
 
 def _bind(directory: Path, recipe: Recipe, world: int, display: Display) -> str:
     """The resolved model folder. The directory belongs to this recipe and contents from the first work done in it."""
+    checkpoints = directory / "checkpoints"
+    if checkpoints.is_dir() and any(checkpoints.iterdir()) and not (directory / "journal.sqlite").exists():
+        raise ConfigError(
+            f"run.dir = {directory} has checkpoints and no journal.sqlite, which says what they were trained on: "
+            "restore it from a copy, or name a new --run.dir (its checkpoints load as model.path)"
+        )
     model = resolve_model(recipe.model.path)
     contents = read_contents(recipe, model, world)
     stored = directory / "config.toml"

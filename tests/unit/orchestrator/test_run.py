@@ -126,6 +126,16 @@ def test_a_damaged_file_of_what_binds_is_named(make_recipe, tmp_path, content):
         pass
 
 
+def test_a_run_that_lost_its_journal_is_not_continued(make_recipe, tmp_path):
+    """It would train the same rollouts again, or say that nothing was learned."""
+    with open_run(make_recipe(), ALONE) as run:
+        save_recipe(run)
+    (tmp_path / "run" / "checkpoints" / "step_000004").mkdir(parents=True)
+    (tmp_path / "run" / "journal.sqlite").unlink()
+    with pytest.raises(ConfigError, match=r"has checkpoints and no journal\.sqlite"), open_run(make_recipe(), ALONE):
+        pass
+
+
 def test_other_package_versions_are_said(make_recipe, tmp_path, capsys):
     with open_run(make_recipe(), ALONE) as run:
         save_recipe(run)
