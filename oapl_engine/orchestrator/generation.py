@@ -15,7 +15,6 @@ from oapl_engine.orchestrator.weight_sync import WeightSync
 from oapl_engine.rollout.scorer import Scorer
 from oapl_engine.rollout.session import EngineSession, engine_cores, recipe_engine_options
 from oapl_engine.samples import Prompt
-from oapl_engine.scheduler import events as e
 from oapl_engine.scheduler.driver import Handler
 from oapl_engine.text import describe_dialogue, end_token_ids
 from oapl_engine.trainer.loading import load_tokenizer
@@ -59,9 +58,8 @@ def prepare_questions(run: Run) -> Questions:
 @contextmanager
 def open_generation(
     run: Run, questions: Questions, policy: Policy, events: EngineEvents
-) -> Iterator[tuple[list[dict[type, Handler]], dict[type, Handler]]]:
-    """Handlers of Generator, WeightSync and Evaluator over one engine session, which is gone on exit; and those that
-    stand after the learner's."""
+) -> Iterator[list[dict[type, Handler]]]:
+    """Handlers of Generator, WeightSync and Evaluator over one engine session; all of it is gone on exit."""
     recipe, task = run.recipe, questions.task
     scorer = Scorer(
         recipe.reward,
@@ -96,5 +94,4 @@ def open_generation(
         generator = Generator(run, session, events, task, sampling)
         asked = Sampling.from_recipe(recipe.sampling, questions.ends, recipe.evaluation.temperature)
         evaluator = Evaluator(run, session, events, questions.held_out, asked)
-        handlers = [generator.handlers(), weight_sync.handlers(), evaluator.handlers()]
-        yield handlers, {e.OffloadTrainer: lambda _: session.allow_start()}
+        yield [generator.handlers(), weight_sync.handlers(), evaluator.handlers()]
