@@ -57,13 +57,14 @@ def run_recipe(recipe: Recipe) -> int:
         if questions:
             if not recipe.schedule.traits.overlaps:
                 learner.offload()  # vLLM sizes its cache from the memory that it finds free
-            handlers += stack.enter_context(open_generation(run, questions, learner.policy, events))
+            before, after = stack.enter_context(open_generation(run, questions, learner.policy, events))
+            handlers += [*before, learner.handlers(), after]  # in this order for Checkpoint, OffloadTrainer
             events.ready()
         elif file:
             log_rollouts(run, file)
             learner.recorded_rewards = file.recorded_rewards
+            handlers.append(learner.handlers())
             inbox.put(e.Start())
-        handlers.append(learner.handlers())  # last: the others prepare Checkpoint and OffloadTrainer
         state = resume_state(run, recorded=file.recorded_rewards if file else ())
         if run.ranks.rank == 0:
             save_recipe(run)

@@ -123,8 +123,8 @@ class EngineServer:
         self.gate.set()
 
     async def sleep(self, tags: list[str]) -> None:
-        """Give device memory back. Weights are discarded (a publish must follow). Does nothing on CPU."""
-        if self.on_cpu:
+        """Give device memory back. Weights are discarded (a publish must follow). Does nothing on CPU, or asleep."""
+        if self.on_cpu or self.asleep == {"weights", "kv_cache"}:
             return
         self.gate.clear()
         await self.llm.sleep(level=2 if "weights" in tags else 1)

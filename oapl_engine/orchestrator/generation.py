@@ -15,6 +15,7 @@ from oapl_engine.orchestrator.weight_sync import WeightSync
 from oapl_engine.rollout.scorer import Scorer
 from oapl_engine.rollout.session import EngineSession, engine_cores, recipe_engine_options
 from oapl_engine.samples import Prompt
+from oapl_engine.scheduler import events as e
 from oapl_engine.scheduler.driver import Handler
 from oapl_engine.text import describe_dialogue, end_token_ids
 from oapl_engine.trainer.loading import load_tokenizer
@@ -58,8 +59,9 @@ def prepare_questions(run: Run) -> Questions:
 @contextmanager
 def open_generation(
     run: Run, questions: Questions, policy: Policy, events: EngineEvents
-) -> Iterator[list[dict[type, Handler]]]:
-    """Handlers of Generator, WeightSync and Evaluator over one engine session; all of it is gone on exit."""
+) -> Iterator[tuple[list[dict[type, Handler]], dict[type, Handler]]]:
+    """Handlers of Generator, WeightSync and Evaluator over one engine session, which is gone on exit; and those that
+    stand after the learner's."""
     recipe, task = run.recipe, questions.task
     scorer = Scorer(
         recipe.reward,
@@ -94,4 +96,5 @@ def open_generation(
         generator = Generator(run, session, events, task, sampling)
         asked = Sampling.from_recipe(recipe.sampling, questions.ends, recipe.evaluation.temperature)
         evaluator = Evaluator(run, session, events, questions.held_out, asked)
-        yield [generator.handlers(), weight_sync.handlers(), evaluator.handlers()]
+        handlers = [generator.handlers(), weight_sync.handlers(), evaluator.handlers()]
+        yield handlers, {e.OffloadTrainer: lambda _: session.allow_start()}

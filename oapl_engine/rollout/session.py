@@ -17,6 +17,7 @@ from oapl_engine.inference.protocol import Sample, Sampling
 from oapl_engine.inference.supervisor import Engine, EngineStartError
 from oapl_engine.rewards import Verdict
 from oapl_engine.rollout.collector import Collector, OnGroup
+from oapl_engine.rollout.device_turn import DeviceTurn
 from oapl_engine.rollout.scorer import Scorer, TokenIds
 from oapl_engine.samples import Prompt
 
@@ -54,6 +55,7 @@ class EngineSession:
         self._consecutive_deaths = 0
         self._ungrouped_tokens = 0
         self._closing = threading.Event()
+        self._turn = DeviceTurn()
         self.engine = Engine(options, log_path, on_lost=self._deaths.put)
         self.collector = Collector(self.engine.client, scorer.verify if scorer else None, on_failure)
         self.control = BlockingControl(self.collector.call, lambda: self.collector.client)
@@ -87,8 +89,14 @@ class EngineSession:
         return self.scorer.verify_many(pairs)
 
     def sleep(self, tags: Sequence[str]) -> None:
-        """Give the engine's device memory back (EngineClient.sleep)."""
+        """Give the engine's device memory back (EngineClient.sleep). An engine that dies, or died, is replaced after
+        allow_start(); one that is starting is waited for. Raises EngineLostError."""
+        self._turn.give_to_trainer()
         self.collector.call(self.collector.client.sleep(tags))
+
+    def allow_start(self) -> None:
+        """The trainer has left the device: an engine that died since sleep() is replaced."""
+        self._turn.give_to_engine()
 
     def wake(self, tags: Sequence[str]) -> None:
         """Take device memory again (EngineClient.wake)."""
@@ -108,6 +116,7 @@ class EngineSession:
         The collector first: what is in flight is dropped, and not reported as lost or as not verified.
         """
         self._closing.set()
+        self._turn.give_to_engine()
         self._deaths.put(None)
         with ExitStack() as stack:
             if self.scorer:
@@ -133,17 +142,18 @@ class EngineSession:
                 self._on_failure(error)
 
     def _replace(self, dead: Engine) -> None:
-        """Wait for what the dead engine had finished, then start a fresh process."""
+        """Wait for what the dead engine had finished and for the engine's turn, then start a fresh process."""
         self._consecutive_deaths += 1
         self.collector.wait_until_idle(DRAIN_SECONDS)
-        if self._closing.is_set():
-            return
         if self._consecutive_deaths > MAX_RESTARTS:
             raise EngineStartError(f"the engine died {self._consecutive_deaths} times in a row; see {dead.log_path}")
-        dead.restart()
-        self.collector.attach(dead.client)
-        for announce in self.after_restart:
-            announce()
+        with self._turn.engines():
+            if self._closing.is_set():
+                return
+            dead.restart()
+            self.collector.attach(dead.client)
+            for announce in self.after_restart:
+                announce()
 
 
 def recipe_engine_options(recipe: Recipe, model: str, max_model_len: int, **others: Any) -> EngineOptions:

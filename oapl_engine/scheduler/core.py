@@ -149,10 +149,12 @@ def _window_over(s: State) -> bool:
 
 def _publish(s: State) -> tuple[State, Commands]:
     """Offload the trainer, wake the engine, pause it, publish: one of these at a time where memory is shared."""
-    if not _publish_due(s) or not _may_publish(s):
+    if not _publish_due(s) or _must_drain(s):
         return s, ()
-    if _must_offload(s):
-        return replace(s, loaded=False), (e.OffloadTrainer(),)
+    if _must_offload(s):  # before engines are asked for: one that died can only start where the trainer is not
+        return replace(s, loaded=False, trainers_turn=False), (e.OffloadTrainer(),)
+    if not _may_publish(s):
+        return s, ()
     if _must_wake(s):
         return replace(s, pending="wake", awake=s.engines), (e.Wake(("weights",)),)
     # A number is spent even if the publish fails. An engine that is lost from here on, and back before the end, does
@@ -181,9 +183,8 @@ def _engine_needed(s: State) -> bool:
 
 
 def _may_publish(s: State) -> bool:
-    """Engines are there (all of them the first time), and what was to finish before has finished."""
-    missing = len(s.engines) < s.settings.engines if s.version < 0 else not s.engines
-    return not missing and not _must_drain(s)
+    """Engines are there (all of them the first time)."""
+    return len(s.engines) >= s.settings.engines if s.version < 0 else bool(s.engines)
 
 
 def _must_drain(s: State) -> bool:
@@ -191,7 +192,7 @@ def _must_drain(s: State) -> bool:
 
 
 def _must_offload(s: State) -> bool:
-    return s.loaded and not s.settings.overlaps
+    return (s.loaded or s.trainers_turn) and not s.settings.overlaps
 
 
 def _must_wake(s: State) -> bool:
@@ -247,7 +248,8 @@ def _train(s: State) -> tuple[State, Commands]:
         return s, ()
     if _must_sleep(s):
         sleep = e.Sleep(("weights", "kv_cache"))
-        return replace(s, pending="sleep", awake=frozenset(), serving=frozenset()), (*_pause_to_sleep(s), sleep)
+        asleep = replace(s, pending="sleep", awake=frozenset(), serving=frozenset(), trainers_turn=True)
+        return asleep, (*_pause_to_sleep(s), sleep)
     if _must_load(s):
         return replace(s, loaded=True), (e.LoadTrainer(),)
     if s.replay:
@@ -270,7 +272,8 @@ def _may_train(s: State) -> bool:
 
 
 def _must_sleep(s: State) -> bool:
-    return bool(s.awake) and not s.settings.overlaps
+    """Even if no engine is awake: one that died may be starting, and takes its memory as it does."""
+    return s.settings.generates and not s.settings.overlaps and (bool(s.awake) or not s.trainers_turn)
 
 
 def _pause_to_sleep(s: State) -> Commands:

@@ -128,7 +128,7 @@ class Resume(Command, frozen=True):
 
 
 class Sleep(Command, frozen=True):
-    """Give the engine's memory to the trainer. tags: weights, kv_cache."""
+    """Give the engine's memory to the trainer; until OffloadTrainer no engine starts. tags: weights, kv_cache."""
 
     tags: tuple[str, ...]
 
@@ -142,7 +142,7 @@ class LoadTrainer(Command, frozen=True):
 
 
 class OffloadTrainer(Command, frozen=True):
-    """Move the trainer's state to host memory."""
+    """Move the trainer's state to host memory; an engine that died meanwhile is then replaced."""
 
 
 class Train(Command, frozen=True):

@@ -95,6 +95,7 @@ class State:
     engines:            those that are up
     awake:              of these, those that hold their memory
     serving:            of these, those that hold `version`
+    trainers_turn:      on a shared device: from Sleep to OffloadTrainer; no engine starts meanwhile
     loaded:             whether the trainer's state is on its device
     evaluated:          step of the newest evaluation
     checkpointed:       step of the newest checkpoint
@@ -119,6 +120,7 @@ class State:
     engines: frozenset[int] = frozenset()
     awake: frozenset[int] = frozenset()
     serving: frozenset[int] = frozenset()
+    trainers_turn: bool = False
     loaded: bool = False
     evaluated: int = -1
     checkpointed: int = 0

@@ -12,6 +12,7 @@ class FakeMachine:
     """Answers every command, in an order drawn from `rng`. lose, invalid, equal: probabilities.
 
     One device: trainer state and the engines' memory are never on it at the same time, unless the mode overlaps them.
+    An engine that died takes its memory again when it starts: immediately, or in the trainer's turn after it.
     """
 
     def __init__(self, state, rng, lose=0.0, invalid=0.0, equal=0.0, stop=0.0):
@@ -23,6 +24,7 @@ class FakeMachine:
         self.version_of, self.uses, self.ended, self.step_of_version = {}, {}, {}, {}
         self.up = set(range(c.engines)) if c.generates else set()
         self.awake, self.weights, self.serving = set(self.up), {}, set()
+        self.trainers_turn, self.starting, self.waiting, self.first = False, set(), set(), []
         self.loaded, self.paused, self.version, self.asked = False, "", -1, set()
 
     def run(self, limit=20_000):
@@ -30,6 +32,9 @@ class FakeMachine:
         for _ in range(limit):
             if self.code is not None:
                 return self.code
+            if self.first:
+                self.come_up(self.first.pop(0), awake=False)
+                continue
             if self.lose and self.up and self.rng.random() < self.lose:
                 self.lose_engine(self.rng.choice(sorted(self.up)))
                 continue
@@ -45,9 +50,9 @@ class FakeMachine:
             else:
                 self.pending.remove(choice)
                 if isinstance(choice, e.EngineReady):
-                    self.up.add(choice.id)
-                    self.awake.add(choice.id)
-                self.hear(choice)
+                    self.come_up(choice, awake=True)
+                else:
+                    self.hear(choice)
         raise AssertionError("the run does not end")
 
     def end_group(self, key):
@@ -58,6 +63,16 @@ class FakeMachine:
             self.hear(e.GroupInvalid(key, fate or "invalid"))
         else:
             self.hear(e.GroupDone(key, 10, self.version_of[key], self.rng.random() < self.equal))
+
+    def come_up(self, ready, awake):
+        self.starting.discard(ready.id)
+        self.up.add(ready.id)
+        self.awake |= {ready.id} if awake else set()
+        self.hear(ready)
+
+    def start(self, i):
+        self.starting.add(i)
+        self.pending.append(e.EngineReady(i))
 
     def end(self, key, column):
         assert key not in self.ended, f"{key} ended as {self.ended[key]} and as {column}"
@@ -112,6 +127,10 @@ class FakeMachine:
                 self.awake, self.serving = set(), set()
                 if "weights" in tags:
                     self.weights = {}
+                self.trainers_turn = True
+                self.first += [e.EngineReady(i) for i in sorted(self.starting)]  # waited for, then asleep too
+                self.pending = [p for p in self.pending if p not in self.first]
+                self.starting = set()
                 self.answer(e.EngineSlept())
             case e.Wake(tags):
                 assert c.overlaps or not self.loaded, "trainer and engine on the device at the same time"
@@ -119,10 +138,15 @@ class FakeMachine:
                     self.awake = set(self.up)
                     self.answer(e.EngineWoke())
             case e.LoadTrainer():
-                assert c.overlaps or not self.awake, "trainer and engine on the device at the same time"
+                assert c.overlaps or not (self.awake | self.starting), (
+                    "trainer and engine on the device at the same time"
+                )
                 self.loaded = True
             case e.OffloadTrainer():
-                self.loaded = False
+                self.loaded = self.trainers_turn = False
+                for i in sorted(self.waiting):
+                    self.start(i)
+                self.waiting = set()
             case e.Clear(keys):
                 for key in keys:
                     if key not in self.uses:
@@ -158,18 +182,23 @@ class FakeMachine:
         self.pending.append(e.StepDone(step))
 
     def lose_engine(self, i):
-        """It is reported, and its groups later; what it was asked is interrupted if no other engine answers."""
+        """It is reported, and its groups later, some of which are only being verified; what it was asked is interrupted
+        if no other engine answers."""
         self.up.discard(i)
         self.awake.discard(i)
         self.serving.discard(i)
         self.weights.pop(i, None)
-        self.doomed |= {key: "lost" for key, engine in self.running.items() if engine == i}
+        ungenerated = [key for key, engine in self.running.items() if engine == i and self.rng.random() < 0.7]
+        self.doomed |= dict.fromkeys(ungenerated, "lost")
         self.hear(e.EngineLost(i))
         self.asked.discard(i)
         self.paused = self.paused if self.up else ""
         if not self.asked:
             self.pending = [e.Interrupted() if isinstance(p, ENGINE_ANSWERS) else p for p in self.pending]
-        self.pending.append(e.EngineReady(i))
+        if self.trainers_turn:
+            self.waiting.add(i)
+        else:
+            self.start(i)
 
     def unended(self):
         """Groups that ended nowhere: they must be waiting in the buffer or in flight."""

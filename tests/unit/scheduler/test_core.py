@@ -167,6 +167,8 @@ PLANTED_BUGS = [  # what check_run must say, the rule of core that is broken, an
     ("submitted to", core._engine_lost, lambda s, i: replace(s, engines=s.engines - {i}, awake=s.awake - {i})),
     ("at the same time", core._must_offload, lambda s: False),
     ("at the same time", core._must_sleep, lambda s: False),
+    ("at the same time", core._must_sleep, lambda s: bool(s.awake) and not s.settings.overlaps),
+    ("no command due", core._must_offload, lambda s: s.loaded and not s.settings.overlaps and bool(s.engines)),
     ("without the trainer's state", core._must_load, lambda s: False),
     ("under a running engine", core._pause, lambda s: ()),
     ("slept with groups running", core._pause_to_sleep, lambda s: ()),
