@@ -38,7 +38,7 @@ INSTEAD = {  # fields of a recipe that `oapl eval` has an argument for
     "run.dir": "--out",
     "model.path": "MODEL_OR_RUN",
 }
-UNUSED_FIELDS = ("run.threads", "model.attention", "model.lora_rank", "evaluation.every")
+UNUSED_FIELDS = ("model.attention", "model.lora_rank", "evaluation.every")
 TASK_SECTIONS = ("data", "reward", "sampling")  # --task brings its own: a run's template or stop tokens are its task's
 CONTENTS = ("content of data.path", "code of data.source", "code of the reward", "content of the model folder")
 SAMPLES_KEPT = 512  # samples after which the counts are written
@@ -133,7 +133,9 @@ def evaluation_recipe(
         raise ConfigError(f"no run with a task of its own among {', '.join(models)}: name one, e.g. --task math500")
     if n < 1 or not all(1 <= k <= n for k in ks):
         raise ConfigError(f"--n {n} --k {','.join(map(str, ks))}: pass@k needs 1 <= k <= n")
-    check_unread(recipe, "data.source", unread_data_fields(recipe.data.source), overrides)
+    given = overridden_fields(overrides)  # a run's own recipe may hold what an override passed over
+    unread = [field for field in unread_data_fields(recipe.data.source) if field in given]
+    check_unread(recipe, "data.source", unread, overrides)
     return recipe
 
 
