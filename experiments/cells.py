@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from oapl_engine.errors import DIFFERENCE, OK
 from oapl_engine.evaluation.evaluate import read_problems
 from oapl_engine.files import append_jsonl, read_jsonl
 from oapl_engine.report.metrics import read_metrics
@@ -75,7 +76,7 @@ def run_cell(recipe: str, cell: Cell, run: Path, workers: int = 1) -> dict[str, 
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if workers > 1 else {})
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", env=environment)
     row = {"name": cell.name, **cell.tags, "settings": dict(cell.settings), "seconds": time.monotonic() - begun}
-    if done.returncode:
+    if done.returncode not in (OK, DIFFERENCE):  # a run that learned nothing is a result too
         return row | {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
     row |= what_to_keep(run)
     shutil.rmtree(run / "rollouts")

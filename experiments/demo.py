@@ -19,7 +19,7 @@ import numpy as np
 
 from experiments.cells import ROOT, as_overrides, read_rows
 from experiments.lag_map import DATA, RECIPE, SETTINGS, best_setting
-from oapl_engine.errors import guarded
+from oapl_engine.errors import DIFFERENCE, OK, guarded
 from oapl_engine.report.metrics import read_evaluations, read_metrics
 
 SHOWN = {"OAPL": ("green", "o"), "GRPO-clip": ("blue", "x"), "GRPO uncorrected": ("red", ".")}  # with color, without
@@ -99,7 +99,7 @@ def watch(runs: Path, started: Mapping[str, subprocess.Popen[bytes]], steps: int
             print(*states, sep="   ", flush=True)
         time.sleep(1.0)
     for name, process in started.items():
-        if process.returncode:
+        if process.returncode not in (OK, DIFFERENCE):  # one that learned nothing is shown too
             said = _log(runs, name).read_text(encoding="utf-8", errors="replace")
             sys.exit(f"error: {name} ended with {process.returncode}:\n{said[-800:]}")
 
