@@ -104,7 +104,7 @@ def stop_on_signal(inbox: "queue.SimpleQueue[e.Event]") -> Iterator[None]:
 def summary(recipe: Recipe, steps: int) -> str:
     """What was done and where it is; the last line is `done: steps=… pass@1 before=… after=… run=…`.
 
-    Rewards stand in it too where pass@1 does not tell them, and the share of responses without one where there are any.
+    Rewards outside 0 to 1 stand in it too, and the share of responses without a reward where there are any.
     """
     run = Path(recipe.run.dir)
     rows = read_evaluations(run)
@@ -122,7 +122,7 @@ def summary(recipe: Recipe, steps: int) -> str:
             f"{len(first.problems)} problems",
         )
         rewards = [result.mean_reward()[0] for result in (first, last)]
-        if rewards != [result.pass_at_k(1)[0] for result in (first, last)]:
+        if any(not 0 <= reward <= 1 for result in (first, last) for reward in result.reward):
             more = f"reward before={rewards[0]:.4f} after={rewards[1]:.4f} "
     for row in read_metrics(run / "metrics.jsonl")[-1:]:
         if row.get("reward/all/invalid"):
