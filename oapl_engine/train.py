@@ -122,7 +122,7 @@ def summary(recipe: Recipe, steps: int) -> str:
             f"{len(first.problems)} problems",
         )
         rewards = [result.mean_reward()[0] for result in (first, last)]
-        if any(not 0 <= reward <= 1 for result in (first, last) for reward in result.reward):
+        if any(reward < 0 or reward > 1 for result in (first, last) for reward in result.reward):
             more = f"reward before={rewards[0]:.4f} after={rewards[1]:.4f} "
     for row in read_metrics(run / "metrics.jsonl")[-1:]:
         if row.get("reward/all/invalid"):
